@@ -1,0 +1,99 @@
+"""Calibration text: where it comes from and how token crops are cut from it.
+
+The built-in corpus is the documentation that Python's standard library carries (``pydoc_data.topics``,
+PSF licence): no download, the same on every machine with one Python version. A tenth of its topics is
+held out for validation and never used to calibrate. Line wraps and indentation are taken out: what is
+left reads as prose.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pq_export.errors import PqExportError
+
+HUB_DATASETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    "pile": ("mit-han-lab/pile-val-backup", None, "validation", "text"),
+    "c4": ("allenai/c4", "en", "train", "text"),
+}
+HUB_DOCUMENTS = 4096
+HELD_OUT_EVERY = 10
+
+
+def builtin_text(held_out: bool = False) -> str:
+    """The built-in corpus: nine tenths of the topics, or the held-out tenth."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    chosen = [n for i, n in enumerate(names) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
+    paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics[name] for name in chosen))
+    return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
+
+
+def read_text(source: str) -> str:
+    """Text of ``builtin``, of a hub dataset by name, or of a UTF-8 file."""
+    if source == "builtin":
+        return builtin_text()
+    if source in HUB_DATASETS:
+        return _hub_text(source)
+    path = Path(source)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PqExportError(f"is not UTF-8 (byte {error.start})", where=path, cure="Convert it to UTF-8 text.") from None
+    except OSError as error:
+        raise PqExportError(f"cannot be read: {error.strerror}", where=path,
+                            cure=f"Give a text file or one of builtin, {', '.join(HUB_DATASETS)}.") from None
+
+
+def _hub_text(name: str) -> str:
+    try:
+        import datasets  # type: ignore[import-not-found]
+    except ImportError:
+        raise PqExportError(f"--calib-data {name} needs the package 'datasets'",
+                            cure="pip install 'pq-export[data]', or give a text file.") from None
+    path, subset, split, column = HUB_DATASETS[name]
+    try:
+        stream = datasets.load_dataset(path, subset, split=split, streaming=True)
+        return "\n\n".join(row[column] for _, row in zip(range(HUB_DOCUMENTS), stream, strict=False))
+    except Exception as error:  # the library raises its own, fsspec's and requests' kinds
+        raise PqExportError(f"--calib-data {name} could not be fetched ({type(error).__name__})",
+                            cure="Check the network, or give a text file.") from None
+
+
+def tokenize(tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids of ``text`` without special tokens, int64."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray(ids, dtype=np.int64)
+
+
+def random_crops(tokens: np.ndarray, count: int, length: int, seed: int, where: str = "calibration text") -> Tensor:
+    """``count`` crops [count, length] at random places, without overlap while the text is long enough.
+
+    Nothing is put in front: position 0 of a crop is an arbitrary token (PrefixQuant, section 4).
+    """
+    if len(tokens) < 2 * length:
+        raise PqExportError(f"has {len(tokens)} tokens, too few for crops of {length}", where=where,
+                            cure="Give a longer text or a smaller --seq-len.")
+    rng = np.random.default_rng(seed)
+    slots = len(tokens) // length
+    if slots >= count:
+        slack = len(tokens) - slots * length
+        starts = np.sort(rng.choice(slots, count, replace=False)) * length + rng.integers(0, slack + 1)
+        starts = rng.permutation(starts)
+    else:
+        starts = rng.integers(0, len(tokens) - length + 1, count)
+    return torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]))
+
+
+def windows(tokens: np.ndarray, length: int, limit: int | None = None) -> Tensor:
+    """Consecutive non-overlapping windows [n, length]; the remainder is dropped."""
+    count = len(tokens) // length if limit is None else min(limit, len(tokens) // length)
+    return torch.from_numpy(tokens[: count * length].reshape(count, length).copy())

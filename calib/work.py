@@ -1,0 +1,85 @@
+"""Finished parts of a calibration, kept beside its output so that an interrupted run goes on from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pq_export.calib.clip_search import LayerScales
+from pq_export.files import errors_of, write_atomically
+
+
+class WorkDirectory:
+    """``<output>.work``: one file a finished stage, all of one fingerprint.
+
+    Files of another fingerprint are of another plan or checkpoint and are thrown away. A file that does
+    not read back is treated as not there.
+    """
+
+    def __init__(self, output: Path, fingerprint: str):
+        self.path = output.with_name(f"{output.name}.work")
+        if self._read_json("fingerprint") != fingerprint:
+            self.remove()
+            with errors_of(self.path):
+                self.path.mkdir(parents=True)
+            self._write_json("fingerprint", fingerprint)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _read_json(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _write_json(self, name: str, content: Any) -> None:
+        write_atomically(self.path / f"{name}.json", json.dumps(content).encode())
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """A stage's result, or None if it has not finished."""
+        return self._read_json(name)  # type: ignore[no-any-return]
+
+    def save(self, name: str, result: dict[str, Any]) -> None:
+        self._write_json(name, result)
+
+    def load_layer(self, index: int) -> LayerScales | None:
+        document = self._read_json(f"layer{index:03d}")
+        path = self.path / f"layer{index:03d}.safetensors"
+        if document is None or not path.is_file():
+            return None
+        try:
+            tensors = safetensors.torch.load(path.read_bytes())
+        except (OSError, safetensors.SafetensorError):
+            return None
+        groups: dict[str, dict[str, Tensor]] = {"activation": {}, "kv": {}, "weight": {}, "codes": {}}
+        for name, tensor in tensors.items():
+            group, _, key = name.partition("/")
+            groups[group][key] = tensor
+        return LayerScales(**groups, factors=document["factors"], error=document["error"])
+
+    def save_layer(self, index: int, found: LayerScales) -> None:
+        tensors = {
+            f"{group}/{name}": tensor.cpu().contiguous()
+            for group in ("activation", "kv", "weight", "codes")
+            for name, tensor in getattr(found, group).items()
+        }
+        write_atomically(self.path / f"layer{index:03d}.safetensors", safetensors.torch.save(tensors))
+        self._write_json(f"layer{index:03d}", {"factors": found.factors, "error": found.error})
+
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        try:
+            return safetensors.torch.load((self.path / f"{name}.safetensors").read_bytes())
+        except (OSError, safetensors.SafetensorError):
+            return None
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        contiguous = {key: torch.clone(tensor).contiguous() for key, tensor in tensors.items()}
+        write_atomically(self.path / f"{name}.safetensors", safetensors.torch.save(contiguous))

@@ -1,0 +1,267 @@
+"""``Calibration``: everything the export needs, and the only thing that passes between the halves.
+
+On disk a directory::
+
+    calibration.json          readable: precision, rotation, prefix, scales, statistics, hashes
+    calibration.safetensors   integer weights, scales, floating-point leftovers, prefix KV
+    tokenizer/                tokenizer, chat template, config and generation config, copied to bundles
+
+Tensor names in ``calibration.safetensors``:
+
+=============================  ===================  =========================================
+name                           dtype, shape         what
+=============================  ===================  =========================================
+``<linear>.codes``             int8 [out, in], or   transformed weight as integers; 4-bit codes
+                               uint8 [out·in / 2]   are packed two to a byte, low nibble first
+``<linear>.scale``             float32 [out]        per output channel
+``<linear>.bias``              float32 [out]        only where the model has one
+``embed_tokens.weight`` etc.   float16              not quantized: embedding and lm_head
+``*norm.weight``               float32              ones after fusion; the q/k norms of Qwen3
+``layers.N.prefix.key|value``  float16 [G, p, D]    post-RoPE, post-R3; absent without a prefix
+=============================  ===================  =========================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pq_export import __version__
+from pq_export.decoder import DecoderConfig
+from pq_export.errors import IntegrityError
+from pq_export.precision import Precision
+from pq_export.quantizer import code_range, pack_int4, unpack_int4
+
+FORMAT = "pq-export/calibration"
+SCHEMA_VERSION = 1
+JSON_NAME, TENSORS_NAME, ASSETS_NAME = "calibration.json", "calibration.safetensors", "tokenizer"
+
+# Linears of a layer -> the activation site that feeds them. One static scale per site.
+SITE_OF_LINEAR = {
+    "self_attn.q_proj": "self_attn.qkv_input",
+    "self_attn.k_proj": "self_attn.qkv_input",
+    "self_attn.v_proj": "self_attn.qkv_input",
+    "self_attn.o_proj": "self_attn.o_input",
+    "mlp.gate_proj": "mlp.gate_up_input",
+    "mlp.up_proj": "mlp.gate_up_input",
+    "mlp.down_proj": "mlp.down_input",
+}
+SITES = tuple(dict.fromkeys(SITE_OF_LINEAR.values()))
+KV_SITES = ("self_attn.key", "self_attn.value")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint this came from. ``sha256`` is over the weight files, in name order."""
+
+    name: str
+    format: str
+    architecture: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Which rotations were folded, and which Hadamards the graph must execute.
+
+    ``online`` names R3 (queries and keys after RoPE, over head_dim) and R4 (down_proj input).
+    """
+
+    mode: str
+    seed: int
+    offline: tuple[str, ...] = ()
+    online: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The tokens whose KV is baked into the graph. ``key`` ties the KV to what it was computed with."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    key: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See the module's docstring for ``tensors``.
+
+    activation_scales
+        ``layers.N.<site>`` -> scale of that linear input. Empty at 16-bit activations.
+    kv_scales
+        ``layers.N.self_attn.key|value`` -> one scale per KV head (4 bit) or a single one (8 bit).
+    bos_token_id
+        What ``generate`` must *not* put in front of a prompt again: the prefix holds it.
+    statistics
+        For the report only; nothing in the export reads it.
+    """
+
+    source: Source
+    decoder: DecoderConfig
+    precision: Precision
+    rotation: Rotation
+    prefix: Prefix
+    activation_scales: dict[str, float]
+    kv_scales: dict[str, tuple[float, ...]]
+    tensors: dict[str, np.ndarray]
+    plan: dict[str, Any]
+    bos_token_id: int | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    def linear_names(self) -> list[str]:
+        """Every quantized linear, in the order of execution."""
+        return [f"layers.{i}.{name}" for i in range(self.decoder.num_layers) for name in SITE_OF_LINEAR]
+
+    def input_scale(self, linear: str) -> float | None:
+        """Static scale of the input of ``layers.N.<linear>``; None at 16-bit activations."""
+        _, layer, name = linear.split(".", 2)
+        return self.activation_scales.get(f"layers.{layer}.{SITE_OF_LINEAR[name]}")
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        d, name = self.decoder, linear.split(".", 2)[2]
+        q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+        return {
+            "self_attn.q_proj": (q, d.hidden_size),
+            "self_attn.k_proj": (kv, d.hidden_size),
+            "self_attn.v_proj": (kv, d.hidden_size),
+            "self_attn.o_proj": (d.hidden_size, q),
+            "mlp.gate_proj": (d.intermediate_size, d.hidden_size),
+            "mlp.up_proj": (d.intermediate_size, d.hidden_size),
+            "mlp.down_proj": (d.hidden_size, d.intermediate_size),
+        }[name]
+
+    def weight_codes(self, linear: str) -> np.ndarray:
+        """Unpacked int8 codes [out, in]."""
+        codes = self.tensors[f"{linear}.codes"]
+        return unpack_int4(codes, self.linear_shape(linear)) if self.precision.weight_bits == 4 else codes
+
+    def store_codes(self, codes: np.ndarray) -> np.ndarray:
+        """int8 codes as they lie in the file."""
+        return pack_int4(codes) if self.precision.weight_bits == 4 else codes
+
+    def prefix_kv(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """float16 [G, p, D] key and value of every layer, or None without a prefix."""
+        if not self.prefix.token_ids:
+            return None
+        names = [f"layers.{i}.prefix" for i in range(self.decoder.num_layers)]
+        return [(self.tensors[f"{n}.key"], self.tensors[f"{n}.value"]) for n in names]
+
+
+def prefix_key(tensors: dict[str, np.ndarray], token_ids: tuple[int, ...], rotation: Rotation, decoder: DecoderConfig) -> str:
+    """Hash of what a prefix KV depends on: weights, rotation, RoPE and the tokens themselves."""
+    digest = hashlib.sha256()
+    facts = [list(token_ids), asdict(rotation), list(decoder.inv_freq), decoder.rope_scaling]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(n for n in tensors if ".prefix." not in n):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
+def save_calibration(calibration: Calibration, directory: Path) -> None:
+    """Write the file pair into an existing directory (the caller renames it into place)."""
+    # safetensors orders tensors by dtype and name, so the bytes depend on the content alone.
+    payload = safetensors.numpy.save({n: np.ascontiguousarray(t) for n, t in calibration.tensors.items()})
+    (directory / TENSORS_NAME).write_bytes(payload)
+    c = calibration
+    document = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "pq_export": __version__,
+        "source": asdict(c.source),
+        "precision": str(c.precision),
+        "decoder": c.decoder.to_dict(),
+        "rotation": asdict(c.rotation),
+        "prefix": asdict(c.prefix),
+        "bos_token_id": c.bos_token_id,
+        "activation_scales": c.activation_scales,
+        "kv_scales": c.kv_scales,
+        "plan": c.plan,
+        "statistics": c.statistics,
+        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    (directory / JSON_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read_calibration_json(directory: Path) -> dict[str, Any]:
+    """The readable half, checked for format and schema version."""
+    path = directory / JSON_NAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IntegrityError("is not a calibration: it has no calibration.json", where=directory,
+                             cure="Give the directory that 'pq-export calibrate -o' wrote.") from None
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"cannot be read: {error}", where=path, cure="Calibrate again.") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise IntegrityError("is not a pq-export calibration", where=path)
+    version = document.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise IntegrityError(f"has schema version {version}; this pq-export reads up to {SCHEMA_VERSION}",
+                             where=path, cure="Upgrade pq-export or calibrate again.")
+    return document
+
+
+def load_calibration(directory: Path) -> Calibration:
+    """Read, and verify that JSON and tensors belong together and are complete."""
+    document = read_calibration_json(directory)
+    path = directory / TENSORS_NAME
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"cannot be read: {error.strerror}", where=path, cure="Calibrate again.") from None
+    if hashlib.sha256(payload).hexdigest() != document["tensors_sha256"]:
+        raise IntegrityError("does not match the hash in calibration.json: it was altered or truncated",
+                             where=path, cure="Calibrate again.")
+    try:
+        calibration = _from_document(document, safetensors.numpy.load(payload))
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise IntegrityError(f"is incomplete or malformed ({type(error).__name__}: {error})", where=directory,
+                             cure="Calibrate again.") from None
+    _check(calibration, directory)
+    return calibration
+
+
+def _from_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Calibration:
+    rotation, prefix = document["rotation"], document["prefix"]
+    return Calibration(
+        source=Source(**document["source"]),
+        decoder=DecoderConfig.from_dict(document["decoder"]),
+        precision=Precision.parse(document["precision"]),
+        rotation=Rotation(**{**rotation, "offline": tuple(rotation["offline"]), "online": tuple(rotation["online"])}),
+        prefix=Prefix(tuple(prefix["token_ids"]), tuple(prefix["tokens"]), prefix["key"]),
+        activation_scales=document["activation_scales"],
+        kv_scales={name: tuple(scales) for name, scales in document["kv_scales"].items()},
+        tensors=tensors,
+        plan=document["plan"],
+        bos_token_id=document["bos_token_id"],
+        statistics=document["statistics"],
+    )
+
+
+def _check(calibration: Calibration, where: Path) -> None:
+    """Refuse what would make a wrong graph rather than an error: missing or impossible scales and KV."""
+    low, high = code_range(calibration.precision.weight_bits)
+    for linear in calibration.linear_names():
+        scale = calibration.tensors[f"{linear}.scale"]
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise IntegrityError("has a weight scale that is not positive and finite", where=f"{where}: {linear}")
+        codes = calibration.weight_codes(linear)
+        if codes.shape != calibration.linear_shape(linear) or codes.min() < low or codes.max() > high:
+            raise IntegrityError("has weight codes of the wrong shape or range", where=f"{where}: {linear}")
+    scales = [s for group in calibration.kv_scales.values() for s in group]
+    scales += list(calibration.activation_scales.values())
+    if not all(np.isfinite(s) and s > 0 for s in scales):
+        raise IntegrityError("has an activation or KV scale that is not positive and finite", where=where)
+    expected = prefix_key(calibration.tensors, calibration.prefix.token_ids, calibration.rotation, calibration.decoder)
+    if calibration.prefix.key != expected:
+        raise IntegrityError("has a prefix KV that belongs to other weights, rotation or RoPE", where=where,
+                             cure="Calibrate again.")

@@ -1,0 +1,288 @@
+"""The decoder: one floating-point definition that calibration, simulation and export share.
+
+Llama-family transformers (RMSNorm, rotary embedding, grouped-query attention, SwiGLU) written out in
+the order they run. It differs from Hugging Face's class in one way only: every place where the method
+acts is a submodule that can be replaced.
+
+====================================  =======================================================
+submodule                             what replaces it
+====================================  =======================================================
+``*_proj`` (``nn.Linear``)            :class:`pq_export.simulate.QuantLinear`
+``self_attn.{q,k}_rotation``          R3: Hadamard over head_dim, after RoPE
+``mlp.down_rotation``                 R4: Hadamard over the intermediate size
+``self_attn.{key,value}_quantizer``   static quantizer of the KV cache
+====================================  =======================================================
+
+Shapes in comments: ``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + S``, ``p`` prefix tokens,
+``H`` query heads, ``G`` KV heads, ``R = H / G``, ``D`` head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KVPair = tuple[Tensor, Tensor]
+
+# The exported graph carries this instead of -inf: a row that is masked everywhere must not become NaN.
+MASKED = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of one decoder, all that is needed to build it without its checkpoint.
+
+    ``inv_freq`` holds the rotary inverse frequencies [D/2] after any context-extension scaling and
+    ``rope_scaling`` the factor that YaRN-like schemes put on cos and sin.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    inv_freq: tuple[float, ...]
+    rope_scaling: float = 1.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> DecoderConfig:
+        return cls(**{**fields, "inv_freq": tuple(fields["inv_freq"])})
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class RotaryTable(nn.Module):
+    """Rows of the cos and sin tables at ``position_ids`` [B, S] -> two of [B, 1, S, D/2].
+
+    Tables, not Cos and Sin nodes: a table lookup is the same number on every runtime.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        inv_freq = torch.tensor(config.inv_freq, dtype=torch.float64)
+        angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float64), inv_freq)
+        scaling = config.rope_scaling
+        self.register_buffer("cos", (angle.cos() * scaling).float(), persistent=False)
+        self.register_buffer("sin", (angle.sin() * scaling).float(), persistent=False)
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return F.embedding(position_ids, self.cos)[:, None], F.embedding(position_ids, self.sin)[:, None]
+
+
+class Rotary(nn.Module):
+    """Rotate the two halves of the last axis of ``x`` [B, heads, S, D] (the Hugging Face layout)."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class CacheAppend(nn.Module):
+    """``past`` [B, G, P, D] followed by ``new`` [B, G, S, D] -> [B, G, T, D]."""
+
+    def forward(self, past: Tensor, new: Tensor) -> Tensor:
+        return torch.cat((past, new), dim=2)
+
+
+class CausalMask(nn.Module):
+    """Additive mask [B, 1, R·S, T]: 0 where a query may look, a huge negative number elsewhere.
+
+    A query at index i of the new tokens sees keys 0..P+i whose ``attention_mask`` [B, T] is not 0. The
+    S rows are repeated R = H / G times, once for each query head that shares a KV head: that is how
+    :meth:`Attention.attend` stacks its queries.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.repeats = config.num_heads // config.num_kv_heads
+
+    def forward(self, attention_mask: Tensor, new_len: int, total_len: int) -> Tensor:
+        key = torch.arange(total_len, device=attention_mask.device)
+        query = torch.arange(new_len, device=attention_mask.device) + (total_len - new_len)
+        causal = key[None, :] <= query[:, None]  # [S, T]
+        # index_select ties no symbolic sizes together; a slice would make the exporter specialise T.
+        present = attention_mask.index_select(1, key)[:, None, None, :] != 0  # [B, 1, 1, T]
+        mask = torch.where(causal & present, 0.0, MASKED)
+        return mask.repeat(1, 1, self.repeats, 1) if self.repeats > 1 else mask
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over ``prefix ‖ past ‖ new`` keys.
+
+    The prefix (``set_prefix``) is never part of the returned cache: it belongs to the model, not to
+    the sequence.
+    """
+
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        c = config
+        self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_rotary, self.k_rotary = Rotary(), Rotary()
+        self.q_rotation: nn.Module = nn.Identity()
+        self.k_rotation: nn.Module = nn.Identity()
+        self.key_quantizer: nn.Module = nn.Identity()
+        self.value_quantizer: nn.Module = nn.Identity()
+        self.key_cache, self.value_cache = CacheAppend(), CacheAppend()
+        self.register_buffer("prefix_key", None, persistent=False)
+        self.register_buffer("prefix_value", None, persistent=False)
+
+    def qkv(self, x: Tensor, rope: KVPair) -> tuple[Tensor, Tensor, Tensor]:
+        """Project, rotate and quantize ``x`` [B, S, hidden] -> q [B, H, S, D], k and v [B, G, S, D]."""
+        b = x.shape[0]
+        q = self.q_norm(self.q_proj(x).view(b, -1, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(b, -1, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(b, -1, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q = self.q_rotation(self.q_rotary(q, *rope))
+        k = self.key_quantizer(self.k_rotation(self.k_rotary(k, *rope)))
+        return q, k, self.value_quantizer(v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """softmax(q kᵀ / sqrt(D) + mask) v -> [B, S, H·D]; ``mask`` [B, 1, R·S, T].
+
+        The R query heads that share a KV head are stacked along the sequence axis: keys and values are
+        used where they lie, nothing is repeated, and no tensor has more than four axes.
+        """
+        weights = self.attention_weights(q, k, mask)
+        b, h, _, d = q.shape
+        return (weights @ v).reshape(b, h, -1, d).transpose(1, 2).reshape(b, -1, h * d)
+
+    def attention_weights(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """softmax(q kᵀ / sqrt(D) + mask) [B, G, R·S, T]."""
+        stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5
+        return (stacked @ k.transpose(2, 3) + mask).softmax(-1)
+
+    def forward(self, x: Tensor, rope: KVPair, mask: Tensor, past: KVPair) -> tuple[Tensor, KVPair]:
+        q, k, v = self.qkv(x, rope)
+        k, v = self.key_cache(past[0], k), self.value_cache(past[1], v)
+        present = (k, v)
+        if self.prefix_key is not None and self.prefix_value is not None:
+            k = torch.cat((self.prefix_key.expand(k.shape[0], -1, -1, -1), k), dim=2)
+            v = torch.cat((self.prefix_value.expand(v.shape[0], -1, -1, -1), v), dim=2)
+        return self.o_proj(self.attend(q, k, v, mask)), present
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.down_rotation: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.down_rotation(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: KVPair, mask: Tensor, past: KVPair) -> tuple[Tensor, KVPair]:
+        attention, present = self.self_attn(self.input_layernorm(x), rope, mask, past)
+        x = x + attention
+        return x + self.mlp(self.post_attention_layernorm(x)), present
+
+
+class Decoder(nn.Module):
+    """The whole model. Parameter names are Hugging Face's without the leading ``model.``."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = RotaryTable(config)
+        self.causal_mask = CausalMask(config)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def prefix_length(self) -> int:
+        key = self.layers[0].self_attn.prefix_key
+        return 0 if key is None else key.shape[2]
+
+    def set_prefix(self, prefix: list[KVPair] | None) -> None:
+        """Put a KV pair [1, G, p, D] in front of every layer's keys, or take it away with ``None``."""
+        for layer, pair in zip(self.layers, prefix or [(None, None)] * len(self.layers), strict=True):
+            layer.self_attn.prefix_key, layer.self_attn.prefix_value = pair
+
+    def empty_past(self, batch: int) -> list[KVPair]:
+        """A KV cache of length 0 for ``batch`` sequences."""
+        c, like = self.config, self.embed_tokens.weight
+        empty = like.new_zeros(batch, c.num_kv_heads, 0, c.head_dim)
+        return [(empty, empty)] * len(self.layers)
+
+    def context(self, position_ids: Tensor, attention_mask: Tensor) -> tuple[KVPair, Tensor]:
+        """RoPE rows and additive mask for new tokens at ``position_ids`` [B, S] (prefix not counted).
+
+        ``attention_mask`` [B, T] covers past and new tokens. The prefix moves positions by its length
+        and adds columns that every query sees.
+        """
+        p = self.prefix_length
+        mask = self.causal_mask(attention_mask, position_ids.shape[1], attention_mask.shape[1])
+        return self.rotary(position_ids + p), F.pad(mask, (p, 0), value=0.0)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(self.norm(hidden))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[KVPair]
+    ) -> tuple[Tensor, list[KVPair]]:
+        """Logits [B, S, vocab] and the cache [B, G, T, D] a layer."""
+        p = self.prefix_length
+        mask = self.causal_mask(attention_mask, input_ids.shape[1], past[0][0].shape[2] + input_ids.shape[1])
+        rope = self.rotary(position_ids + p) if p else self.rotary(position_ids)
+        mask = F.pad(mask, (p, 0), value=0.0) if p else mask
+        hidden, presents = self.embed(input_ids), []
+        for layer, pair in zip(self.layers, past, strict=True):
+            hidden, present = layer(hidden, rope, mask, pair)
+            presents.append(present)
+        return self.logits(hidden), presents

@@ -1,0 +1,193 @@
+"""Hadamard matrices of every order a decoder meets, in the factored form the graph executes.
+
+An order n = K·2^t becomes ``H = (H_K ⊗ H_{2^t}) / sqrt(n)`` with ``H_K`` from a Paley construction, or,
+where none exists for any such K, a block-diagonal matrix of Sylvester blocks. Sylvester: repeated
+doubling. Paley I: q ≡ 3 (mod 4) a prime power, order q + 1. Paley II: q ≡ 1 (mod 4), order 2(q + 1)
+(R. Paley, "On orthogonal matrices", 1933).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def sylvester(order: int) -> np.ndarray:
+    """±1 Hadamard matrix [order, order] for a power of two."""
+    if order & (order - 1):
+        raise ValueError(f"{order} is not a power of two")
+    matrix = np.ones((1, 1), dtype=np.int8)
+    while len(matrix) < order:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def prime_power(q: int) -> tuple[int, int] | None:
+    """(p, k) with p prime and p^k = q, or None."""
+    for p in range(2, q + 1):
+        if q % p == 0:
+            k = 0
+            while q % p == 0:
+                q, k = q // p, k + 1
+            return (p, k) if q == 1 else None
+    return None
+
+
+def _field_elements(p: int, k: int) -> list[tuple[int, ...]]:
+    return list(itertools.product(range(p), repeat=k))
+
+
+def _multiply(a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...], p: int) -> tuple[int, ...]:
+    """Product in GF(p)[x] / modulus; coefficients lowest first, modulus monic without its top term."""
+    k = len(modulus)
+    product = [0] * (2 * k - 1)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            product[i + j] += x * y
+    for top in range(2 * k - 2, k - 1, -1):
+        for i, m in enumerate(modulus):
+            product[top - k + i] -= product[top] * m
+    return tuple(c % p for c in product[:k])
+
+
+def _squares(p: int, k: int) -> set[tuple[int, ...]]:
+    """Non-zero squares of GF(p^k): found with the first modulus that makes a field.
+
+    The ring is a field exactly when no product of non-zero elements is zero; squaring is then 2-to-1,
+    so (q - 1) / 2 distinct non-zero squares and no zero among them is the test used.
+    """
+    zero = (0,) * k
+    for modulus in itertools.product(range(p), repeat=k):
+        if k > 1 and not _is_irreducible(modulus, p):
+            continue
+        return {_multiply(a, a, modulus, p) for a in _field_elements(p, k) if a != zero}
+    raise AssertionError(f"GF({p}^{k}) has an irreducible modulus")
+
+
+def _is_irreducible(modulus: tuple[int, ...], p: int) -> bool:
+    """Whether x^k + modulus has no monic factor of degree 1..k/2 over GF(p)."""
+    k = len(modulus)
+    full = [*modulus, 1]
+    for degree in range(1, k // 2 + 1):
+        for low in itertools.product(range(p), repeat=degree):
+            rest = list(full)
+            for top in range(k, degree - 1, -1):
+                for i, c in enumerate((*low, 1)):
+                    rest[top - degree + i] = (rest[top - degree + i] - rest[top] * c) % p if i < degree else rest[top]
+                rest[top] = 0
+            if not any(rest[:degree]):
+                return False
+    return True
+
+
+def jacobsthal(q: int) -> np.ndarray | None:
+    """Matrix [q, q] of the quadratic character χ(a_i - a_j) of GF(q), or None if q is no odd prime power."""
+    power = prime_power(q)
+    if power is None or power[0] == 2:
+        return None
+    p, k = power
+    elements, squares = np.array(_field_elements(p, k)), _squares(p, k)
+    weights = p ** np.arange(k)
+    character = np.full(q, -1, dtype=np.int8)
+    character[0] = 0
+    character[[int(np.dot(s, weights)) for s in squares]] = 1
+    difference = (elements[:, None, :] - elements[None, :, :]) % p
+    return character[difference @ weights]
+
+
+def paley(order: int) -> np.ndarray | None:
+    """±1 Hadamard matrix [order, order] by Paley I or II, or None if neither applies."""
+    if order % 4:
+        return None
+    if (order - 1) % 4 == 3 and (residues := jacobsthal(order - 1)) is not None:
+        conference = np.block([[np.zeros((1, 1)), np.ones((1, order - 1))], [-np.ones((order - 1, 1)), residues]])
+        return (conference + np.eye(order)).astype(np.int8)
+    q = order // 2 - 1
+    if q % 4 == 1 and (residues := jacobsthal(q)) is not None:
+        conference = np.block([[np.zeros((1, 1)), np.ones((1, q))], [np.ones((q, 1)), residues]])
+        return (np.kron(conference, [[1, 1], [1, -1]]) + np.kron(np.eye(q + 1), [[1, -1], [-1, -1]])).astype(np.int8)
+    return None
+
+
+@dataclass(frozen=True)
+class HadamardFactors:
+    """``order = left_order · right_order``; the matrix is ``left ⊗ sylvester(right_order)``, normalised.
+
+    ``construction`` is 'sylvester', 'paley' or 'block' (then ``left`` is the identity).
+    """
+
+    order: int
+    left_order: int
+    construction: str
+
+    @property
+    def right_order(self) -> int:
+        return self.order // self.left_order
+
+    def left(self) -> np.ndarray:
+        """[left_order, left_order], entries ±1, or the identity for 'block'."""
+        return _left_factor(self.left_order, self.construction)
+
+    def right(self) -> np.ndarray:
+        """[right_order, right_order] in fp64, with the whole normalisation folded in."""
+        norm = self.right_order if self.construction == "block" else self.order
+        return sylvester(self.right_order) / np.sqrt(norm)
+
+    def matrix(self) -> np.ndarray:
+        """The dense orthogonal matrix [order, order], fp64."""
+        return np.kron(self.left(), self.right())
+
+
+@functools.lru_cache
+def _left_factor(order: int, construction: str) -> np.ndarray:
+    if construction == "block":
+        return np.eye(order, dtype=np.int8)
+    matrix = np.ones((1, 1), dtype=np.int8) if order == 1 else paley(order)
+    if matrix is None:
+        raise AssertionError(f"no Paley construction of order {order}")
+    return matrix
+
+
+@functools.lru_cache
+def hadamard_factors(order: int) -> HadamardFactors:
+    """Factors for any order ≥ 1: the smallest Paley factor that exists, else the block fallback."""
+    power = order & -order
+    odd = order // power
+    if odd == 1:
+        return HadamardFactors(order, 1, "sylvester")
+    left = 4 * odd
+    while left <= order:
+        if paley(left) is not None:
+            return HadamardFactors(order, left, "paley")
+        left *= 2
+    return HadamardFactors(order, odd, "block")
+
+
+def random_hadamard(order: int, seed: int) -> Tensor:
+    """Randomised Hadamard ``D Hᵀ`` [order, order], fp64: a random ±1 diagonal times a Hadamard (QuaRot)."""
+    signs = np.random.default_rng(seed).integers(0, 2, order) * 2.0 - 1.0
+    return torch.from_numpy(signs[:, None] * hadamard_factors(order).matrix().T)
+
+
+class HadamardTransform(nn.Module):
+    """``x @ H`` over the last axis [..., order] by its two factors: K + 2^t products an element, not n."""
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, order: int):
+        super().__init__()
+        factors = hadamard_factors(order)
+        self.factors = factors
+        # x @ (L ⊗ R) reshapes x to [K, m] and is Lᵀ x R.
+        self.register_buffer("left", torch.from_numpy(factors.left().T.astype(np.float32)), persistent=False)
+        self.register_buffer("right", torch.from_numpy(factors.right().astype(np.float32)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tiles = x.unflatten(-1, (self.factors.left_order, self.factors.right_order)) @ self.right
+        return (self.left @ tiles).flatten(-2) if self.factors.left_order > 1 else tiles.flatten(-2)

@@ -1,0 +1,51 @@
+"""Precision as a value: how many bits weights, activations and the KV cache have."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pq_export.errors import UsageError
+
+WEIGHT_ACTIVATION = {"w4a4": (4, 4), "w4a8": (4, 8), "w8a8": (8, 8), "w4a16": (4, 16)}
+KV_BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of weights (4, 8), linear inputs (4, 8, 16) and cached keys and values (4, 8, 16).
+
+    16 means floating point, not quantized. KV scales are per head at 4 bits and per tensor at 8
+    (PrefixQuant, section 5).
+    """
+
+    weight_bits: int
+    activation_bits: int
+    kv_bits: int
+
+    def __str__(self) -> str:
+        return f"W{self.weight_bits}A{self.activation_bits}KV{self.kv_bits}"
+
+    @property
+    def kv_per_head(self) -> bool:
+        return self.kv_bits == 4
+
+    @classmethod
+    def named(cls, name: str, kv_bits: int | None = None) -> Precision:
+        """``w4a4``-like name and KV bits (default: 4 with 4-bit weights, else 8; 16 when asked for)."""
+        if name not in WEIGHT_ACTIVATION:
+            raise UsageError(f"unknown precision '{name}'", cure=f"Use one of {', '.join(WEIGHT_ACTIVATION)}.")
+        weight_bits, activation_bits = WEIGHT_ACTIVATION[name]
+        if kv_bits is None:
+            kv_bits = {"w8a8": 8, "w4a16": 16}.get(name, 4)
+        if kv_bits not in KV_BITS:
+            raise UsageError(f"--kv {kv_bits} is not possible", cure=f"Use one of {KV_BITS}.")
+        return cls(weight_bits, activation_bits, kv_bits)
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Inverse of ``str``: ``W4A4KV4``."""
+        match = re.fullmatch(r"W(\d+)A(\d+)KV(\d+)", text)
+        if match is None:
+            raise UsageError(f"'{text}' is not a precision such as W4A4KV4")
+        return cls(*map(int, match.groups()))
