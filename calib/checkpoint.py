@@ -23,6 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from pq_export.calibration import Source
 from pq_export.decoder import Decoder, DecoderConfig
 from pq_export.errors import PqExportError, UsageError
+from pq_export.hadamard import hadamard_factors
 
 # Families whose decoder is exactly pq_export.decoder. Each is compared with transformers on loading.
 SUPPORTED = {
@@ -207,6 +208,36 @@ def _read(location: Location, auto_class: Any, what: str, **extra: Any) -> Any:
         missing = what == "tokenizer" and location.directory and not any(location.directory.glob("tokenizer*"))
         what_failed = "has no tokenizer" if missing else f"its {what} cannot be loaded ({message})"
         raise PqExportError(what_failed, where=location.name, cure=cures[what]) from None
+
+
+def describe_checkpoint(model: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Facts from the configuration alone, without reading weights. Raises as :func:`load_checkpoint`."""
+    location = locate(model, trust_remote_code)
+    with _quiet_transformers():
+        config = _read(location, transformers.AutoConfig, "configuration")
+    architecture = check_supported(config, location.name)
+    c = decoder_config(config)
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return {
+        "kind": "checkpoint",
+        "name": location.name,
+        "format": location.format,
+        "architecture": architecture,
+        "layers": c.num_layers,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "heads": c.num_heads,
+        "kv_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size,
+        "context": c.max_position_embeddings,
+        "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+        "hadamard": {
+            name: f"{f.left_order}x{f.right_order} {f.construction}"
+            for name, f in (("R1", hadamard_factors(c.hidden_size)), ("R4", hadamard_factors(c.intermediate_size)))
+        },
+        "linear_parameters_per_layer": 2 * c.hidden_size * (q + kv) + 3 * c.hidden_size * c.intermediate_size,
+    }
 
 
 def check_supported(config: Any, name: str) -> str:

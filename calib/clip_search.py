@@ -26,6 +26,7 @@ from pq_export.calibration import SITE_OF_LINEAR, SITES
 from pq_export.decoder import DecoderLayer, KVPair
 from pq_export.precision import Precision
 from pq_export.quantizer import fake_quantize, quantize, scale_from_max
+from pq_export.simulate import KVQuantizer
 
 KV_FACTORS = tuple(1.0 - 0.05 * i for i in range(16))  # 1.00 .. 0.25
 WEIGHT_FACTORS = tuple(1.0 - 0.05 * i for i in range(10))  # 1.00 .. 0.55
@@ -153,8 +154,6 @@ def _relative_error(result: Tensor, target: Tensor, x: Tensor) -> float:
 
 
 def _set_kv_quantizers(layer: DecoderLayer, found: LayerScales, precision: Precision) -> None:
-    from pq_export.simulate import KVQuantizer
-
     for site, scales in found.kv.items():
         quantizer = KVQuantizer(tuple(scales.tolist()), precision.kv_bits).to(scales.device)
         setattr(layer.self_attn, f"{site.rpartition('.')[2]}_quantizer", quantizer)

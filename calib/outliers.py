@@ -100,7 +100,7 @@ class OutlierObserver:
 def hidden_states(decoder: Decoder, ids: Tensor) -> Tensor:
     """Run all layers on ``ids`` [B, S] with an empty cache; no final norm, no lm_head."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    rope, mask = decoder.context(positions, torch.ones_like(ids))
+    rope, mask = decoder.context(positions, torch.ones_like(ids), 0)
     hidden = decoder.embed(ids)
     for layer, past in zip(decoder.layers, decoder.empty_past(len(ids)), strict=True):
         hidden, _ = layer(hidden, rope, mask, past)
@@ -161,7 +161,7 @@ def compute_prefix_kv(decoder: Decoder, token_ids: tuple[int, ...]) -> list[KVPa
     ids = torch.tensor([token_ids], device=device)
     decoder.set_prefix(None)
     positions = torch.arange(len(token_ids), device=device)[None]
-    rope, mask = decoder.context(positions, torch.ones_like(ids))
+    rope, mask = decoder.context(positions, torch.ones_like(ids), 0)
     hidden, pairs = decoder.embed(ids), []
     for index, (layer, past) in enumerate(zip(decoder.layers, decoder.empty_past(1), strict=True)):
         hidden, (key, value) = layer(hidden, rope, mask, past)

@@ -124,7 +124,7 @@ def _search(run: _Run, crops: Tensor, ranges: dict[str, Tensor]) -> list[LayerSc
     decoder, plan = run.decoder, run.plan
     ids = crops[: plan.search_samples, : plan.search_length].to(decoder.embed_tokens.weight.device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    rope, mask = decoder.context(positions, torch.ones_like(ids))
+    rope, mask = decoder.context(positions, torch.ones_like(ids), 0)
     x, results = decoder.embed(ids), []
     kept = [run.work.load_layer(i) for i in range(len(decoder.layers))]
     with run.stages.stage("search scales", len(decoder.layers), reused=all(k is not None for k in kept)) as advance:
@@ -182,6 +182,7 @@ def _assemble(
         kv_scales=kv_scales,
         tensors=tensors,
         plan=plan.to_dict(),
+        fingerprint=plan.fingerprint(run.checkpoint.source.sha256),
         bos_token_id=prefix_bos(tokenizer),
         statistics={
             **outliers,

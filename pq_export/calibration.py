@@ -97,6 +97,8 @@ class Calibration:
         ``layers.N.<site>`` -> scale of that linear input. Empty at 16-bit activations.
     kv_scales
         ``layers.N.self_attn.key|value`` -> one scale per KV head (4 bit) or a single one (8 bit).
+    fingerprint
+        Of plan and checkpoint: the same fingerprint means the same calibration.
     bos_token_id
         What ``generate`` must *not* put in front of a prompt again: the prefix holds it.
     statistics
@@ -112,6 +114,7 @@ class Calibration:
     kv_scales: dict[str, tuple[float, ...]]
     tensors: dict[str, np.ndarray]
     plan: dict[str, Any]
+    fingerprint: str
     bos_token_id: int | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
 
@@ -185,6 +188,7 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
         "activation_scales": c.activation_scales,
         "kv_scales": c.kv_scales,
         "plan": c.plan,
+        "fingerprint": c.fingerprint,
         "statistics": c.statistics,
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
     }
@@ -242,6 +246,7 @@ def _from_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
         kv_scales={name: tuple(scales) for name, scales in document["kv_scales"].items()},
         tensors=tensors,
         plan=document["plan"],
+        fingerprint=document["fingerprint"],
         bos_token_id=document["bos_token_id"],
         statistics=document["statistics"],
     )

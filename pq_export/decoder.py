@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.eps = eps
+        self.eps = float(np.float32(eps))  # the number that a fp32 graph holds
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,6 +162,7 @@ class Attention(nn.Module):
         self.key_quantizer: nn.Module = nn.Identity()
         self.value_quantizer: nn.Module = nn.Identity()
         self.key_cache, self.value_cache = CacheAppend(), CacheAppend()
+        self.scaling = float(np.float32(c.head_dim**-0.5))
         self.register_buffer("prefix_key", None, persistent=False)
         self.register_buffer("prefix_value", None, persistent=False)
 
@@ -186,7 +188,7 @@ class Attention(nn.Module):
 
     def attention_weights(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """softmax(q kᵀ / sqrt(D) + mask) [B, G, R·S, T]."""
-        stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5
+        stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * self.scaling
         return (stacked @ k.transpose(2, 3) + mask).softmax(-1)
 
     def forward(self, x: Tensor, rope: KVPair, mask: Tensor, past: KVPair) -> tuple[Tensor, KVPair]:
@@ -257,14 +259,16 @@ class Decoder(nn.Module):
         empty = like.new_zeros(batch, c.num_kv_heads, 0, c.head_dim)
         return [(empty, empty)] * len(self.layers)
 
-    def context(self, position_ids: Tensor, attention_mask: Tensor) -> tuple[KVPair, Tensor]:
+    def context(self, position_ids: Tensor, attention_mask: Tensor, past_len: int) -> tuple[KVPair, Tensor]:
         """RoPE rows and additive mask for new tokens at ``position_ids`` [B, S] (prefix not counted).
 
         ``attention_mask`` [B, T] covers past and new tokens. The prefix moves positions by its length
         and adds columns that every query sees.
         """
-        p = self.prefix_length
-        mask = self.causal_mask(attention_mask, position_ids.shape[1], attention_mask.shape[1])
+        new_len, p = position_ids.shape[1], self.prefix_length
+        mask = self.causal_mask(attention_mask, new_len, past_len + new_len)
+        if p == 0:
+            return self.rotary(position_ids), mask
         return self.rotary(position_ids + p), F.pad(mask, (p, 0), value=0.0)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -277,10 +281,7 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[KVPair]
     ) -> tuple[Tensor, list[KVPair]]:
         """Logits [B, S, vocab] and the cache [B, G, T, D] a layer."""
-        p = self.prefix_length
-        mask = self.causal_mask(attention_mask, input_ids.shape[1], past[0][0].shape[2] + input_ids.shape[1])
-        rope = self.rotary(position_ids + p) if p else self.rotary(position_ids)
-        mask = F.pad(mask, (p, 0), value=0.0) if p else mask
+        rope, mask = self.context(position_ids, attention_mask, past[0][0].shape[2])
         hidden, presents = self.embed(input_ids), []
         for layer, pair in zip(self.layers, past, strict=True):
             hidden, present = layer(hidden, rope, mask, pair)

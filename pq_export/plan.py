@@ -11,9 +11,11 @@ from typing import Any
 from pq_export.errors import PqExportError, UsageError
 from pq_export.precision import Precision
 
-# W8A8 and W4A16 lose nothing measurable without online Hadamards (README, "Precisions"); 4-bit
-# activations need them.
-DEFAULT_ROTATE = {4: "online", 8: "offline", 16: "none"}
+
+
+def default_rotate(precision: Precision) -> str:
+    """Online Hadamards for quantized activations; none for weight-only, where rotation costs accuracy."""
+    return "none" if precision.activation_bits == 16 else "online"
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ def resolve_plan(precision: str | None, kv: int | None, recipe: Path | None, **o
         raise UsageError("no precision was given", cure="Add --w4a4, --w4a8, --w8a8 or --w4a16.")
     resolved = Precision.named(str(name).lower(), kv if kv is not None else content.get("kv"))
     content.pop("kv", None)
-    plan = Plan(resolved, rotate=DEFAULT_ROTATE[resolved.activation_bits] if resolved.weight_bits == 8 or
-                resolved.activation_bits != 8 else "online")
+    plan = Plan(resolved, rotate=default_rotate(resolved))
     try:
         return replace(plan, **{**content, **given})
     except TypeError as error:

@@ -1,7 +1,8 @@
 """The fake-quant model: the decoder with the integers of a ``Calibration``, in PyTorch.
 
 It computes what the exported graph computes: linears multiply the integer codes themselves, so their
-results are exact and equal to the graph's, and everything else is the same fp32 formula.
+results are exact and equal to the graph's, and everything else is the same fp32 formula. ``.double()``
+widens everything else to fp64, quantizers keep rounding in fp32: the reference for validation.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from pq_export.calibration import KV_SITES, Calibration
 from pq_export.decoder import Decoder, KVPair
 from pq_export.hadamard import HadamardTransform
-from pq_export.quantizer import code_range, fake_quantize, quantize
+from pq_export.quantizer import code_range, quantize
 
-Tap = Callable[[str, Tensor], None]
+Tap = Callable[[str, Tensor, Tensor], None]
 
 
 class QuantLinear(nn.Module):
@@ -44,16 +45,20 @@ class QuantLinear(nn.Module):
         self.register_buffer("codes", codes if largest_sum < 2**24 else codes.double())
         self.register_buffer("scale", self.input_scale * scale)
 
-    def input_codes(self, x: Tensor) -> Tensor:
+    def codes_of(self, x: Tensor) -> Tensor:
         """Integer codes of the input, as the graph's activation quantizer makes them."""
-        return quantize(x, self.input_scale.to(x.device), self.input_bits)  # type: ignore[union-attr]
+        return quantize(x.float(), self.input_scale.to(x.device), self.input_bits)  # type: ignore[union-attr]
+
+    def steps_of(self, x: Tensor) -> Tensor:
+        """The input in units of its scale."""
+        return x / self.input_scale.to(x.device)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is None:
             return F.linear(x, self.codes, self.bias)
-        accumulator = F.linear(self.input_codes(x).to(self.codes.dtype), self.codes).float()
-        result = accumulator * self.scale
-        return result if self.bias is None else result + self.bias
+        accumulator = F.linear(self.codes_of(x).to(self.codes.dtype), self.codes).to(x.dtype)
+        result = accumulator * self.scale.to(x.dtype)
+        return result if self.bias is None else result + self.bias.to(x.dtype)
 
 
 class KVQuantizer(nn.Module):
@@ -66,11 +71,16 @@ class KVQuantizer(nn.Module):
         self.bits = bits
         self.register_buffer("scale", torch.tensor(scales, dtype=torch.float32).view(1, -1, 1, 1))
 
-    def codes(self, x: Tensor) -> Tensor:
-        return quantize(x, self.scale, self.bits)
+    def codes_of(self, x: Tensor) -> Tensor:
+        """Integer codes of keys or values."""
+        return quantize(x.float(), self.scale.float(), self.bits)
+
+    def steps_of(self, x: Tensor) -> Tensor:
+        """Keys or values in units of their scale."""
+        return x / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale, self.bits)
+        return (self.codes_of(x) * self.scale.float()).to(x.dtype)
 
 
 def simulated_decoder(calibration: Calibration) -> Decoder:
@@ -116,8 +126,16 @@ def insert_online_rotations(decoder: Decoder, online: tuple[str, ...]) -> None:
 
 
 def tap_codes(decoder: Decoder, tap: Tap) -> list[torch.utils.hooks.RemovableHandle]:
-    """Call ``tap(site, codes)`` at every quantizer: linear inputs and new keys and values."""
+    """Call ``tap(site, codes, steps)`` at every quantizer: linear inputs and new keys and values.
+
+    ``steps`` are the values in units of the scale, before rounding.
+    """
     handles = []
+
+    def hook(module: QuantLinear | KVQuantizer, site: str) -> None:
+        handles.append(module.register_forward_pre_hook(
+            lambda m, args: tap(site, m.codes_of(args[0]), m.steps_of(args[0]))))
+
     for index, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
         linears = {
@@ -128,11 +146,9 @@ def tap_codes(decoder: Decoder, tap: Tap) -> list[torch.utils.hooks.RemovableHan
         }
         for site, linear in linears.items():
             if linear.input_scale is not None:
-                handles.append(linear.register_forward_pre_hook(
-                    lambda m, args, s=f"layers.{index}.{site}": tap(s, m.input_codes(args[0]))))
+                hook(linear, f"layers.{index}.{site}")
         for site in KV_SITES:
-            module = getattr(attention, f"{site.rpartition('.')[2]}_quantizer")
-            if isinstance(module, KVQuantizer):
-                handles.append(module.register_forward_pre_hook(
-                    lambda m, args, s=f"layers.{index}.{site}": tap(s, m.codes(args[0]))))
+            quantizer = getattr(attention, f"{site.rpartition('.')[2]}_quantizer")
+            if isinstance(quantizer, KVQuantizer):
+                hook(quantizer, f"layers.{index}.{site}")
     return handles

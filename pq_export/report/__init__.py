@@ -1,1 +1,1 @@
-"""."""
+"""The report of one export: a single self-contained HTML page, made from numbers that other stages wrote."""

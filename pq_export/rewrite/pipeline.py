@@ -19,6 +19,7 @@ from pq_export.rewrite.linears import quantize_linears
 from pq_export.rewrite.prefix import bake_prefix
 from pq_export.rewrite.qlinear import DOMAIN, VERSION, Form, function_proto, lower_qlinears, overload
 from pq_export.rewrite.reshapes import make_reshapes_constant
+from pq_export.rewrite.streams import name_streams
 from pq_export.rewrite.weights import bind_float_parameters
 
 IR_VERSION = 10  # the one of opset 21
@@ -36,6 +37,7 @@ def quantized_model(
         ("bake prefix", lambda: bake_prefix(fp, c)),
         ("bind parameters", lambda: bind_float_parameters(fp, c.tensors, c.decoder)),
         ("constant reshapes", lambda: make_reshapes_constant(fp)),
+        ("name residual stream", lambda: name_streams(fp, c.decoder)),
         ("keep last logits", lambda: keep_last_logits(fp)),
         (f"write linears as {form.value}", lambda: lower_qlinears(fp.graph, form)),
     ]

@@ -1,0 +1,135 @@
+"""Commands of ``pq-export``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pq_export import __version__
+from pq_export.cli import options as opt
+from pq_export.errors import EXIT_BELOW_THRESHOLD
+
+
+class DefaultCommandGroup(click.Group):
+    """``pq-export MODEL …`` is ``pq-export export MODEL …``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=DefaultCommandGroup, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.version_option(__version__, prog_name="pq-export")
+def cli() -> None:
+    """Static quantization of LLMs with PrefixQuant: from a checkpoint to an ONNX bundle.
+
+    \b
+      pq-export MODEL --target ort --w4a4 -o OUT    calibrate + build + validate
+    MODEL is a Hugging Face directory, a hub id, or a .gguf file.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@opt.build_options
+@click.option("-o", "--output", type=opt.path_type, required=False, help="Bundle to write (default: out/NAME-PRECISION).")
+@opt.calibration_options
+@opt.validation_options
+@click.option("--dry-run", is_flag=True, help="Print the resolved plan with expected size and time, and stop.")
+@opt.output_options
+@opt.common_options
+def export(model: str, **flags: Any) -> None:
+    """Calibrate, build and validate: MODEL in, a bundle and its report out.
+
+    The calibration is kept in OUT.calib and used again when nothing it depends on changed.
+    """
+    from pq_export.cli.commands import run_export
+
+    _exit(run_export(model, flags))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", type=opt.path_type, required=True, help="Calibration directory to write.")
+@opt.calibration_options
+@click.option("--dry-run", is_flag=True, help="Print the resolved plan with expected size and time, and stop.")
+@opt.output_options
+@opt.common_options
+def calibrate(model: str, **flags: Any) -> None:
+    """Find prefix and scales of MODEL (PyTorch) and write a calibration."""
+    from pq_export.cli.commands import run_calibrate
+
+    _exit(run_calibrate(model, flags))
+
+
+@cli.command()
+@click.argument("calibration", type=opt.path_type)
+@opt.build_options
+@click.option("-o", "--output", type=opt.path_type, required=True, help="Bundle to write.")
+@opt.output_options
+@opt.common_options
+def build(calibration: Path, **flags: Any) -> None:
+    """Turn a calibration into a bundle for a target. Needs no checkpoint."""
+    from pq_export.cli.commands import run_build
+
+    _exit(run_build(calibration, flags))
+
+
+@cli.command()
+@click.argument("bundle", type=opt.path_type)
+@click.option("--calib", type=opt.path_type, help="The calibration it was built from (default: BUNDLE.calib).")
+@click.option("--model", help="The checkpoint, for the floating-point rows.")
+@opt.validation_options
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's directory.")
+@opt.common_options
+def validate(bundle: Path, **flags: Any) -> None:
+    """Compare a bundle with what calibration simulated. Exit code 3: below a threshold."""
+    from pq_export.cli.commands import run_validate
+
+    _exit(run_validate(bundle, flags))
+
+
+@cli.command()
+@click.argument("bundle", type=opt.path_type)
+@click.option("-p", "--prompt", required=True, help="The prompt.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0.0, max=1.0, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--chat/--raw", default=None, help="Wrap the prompt in the chat template (default: if there is one).")
+@opt.common_options
+def generate(bundle: Path, **flags: Any) -> None:
+    """Generate text with a bundle in onnxruntime, token by token."""
+    from pq_export.cli.commands import run_generate
+
+    _exit(run_generate(bundle, flags))
+
+
+@cli.command()
+@click.argument("what", metavar="MODEL|CALIB|OUT")
+@opt.common_options
+def inspect(what: str, **flags: Any) -> None:
+    """Say what a checkpoint, a calibration or a bundle is."""
+    from pq_export.cli.commands import run_inspect
+
+    _exit(run_inspect(what, flags))
+
+
+@cli.command()
+@opt.common_options
+def targets(**flags: Any) -> None:
+    """List the targets."""
+    from pq_export.cli.commands import run_targets
+
+    _exit(run_targets(flags))
+
+
+def _exit(passed: bool) -> None:
+    if not passed:
+        sys.exit(EXIT_BELOW_THRESHOLD)
+
+

@@ -1,0 +1,299 @@
+"""What the commands do: the only place where calibration, build and validation meet."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pq_export.bundle import CONFIG_NAME, Bundle, open_bundle
+from pq_export.calibration import JSON_NAME, Calibration, load_calibration, read_calibration_json
+from pq_export.cli.console import Screen, bytes_text, output_console, print_json, seconds_text, table
+from pq_export.cli.options import chosen_precision
+from pq_export.cli.tables import print_report, print_validation
+from pq_export.errors import IntegrityError, PqExportError
+from pq_export.files import check_output
+from pq_export.plan import Plan, resolve_plan
+from pq_export.stages import Stages
+from pq_export.targets import TARGETS, find_target
+
+PLAN_FLAGS = ("prefix", "rotate", "calib_data", "calib_samples", "seq_len", "seed", "num_layers")
+SAMPLE_PROMPT = "What is the capital of France?"
+SAMPLE_TOKENS = 48
+
+
+def run_export(model: str, flags: dict[str, Any]) -> bool:
+    """``pq-export MODEL``; returns whether validation passed."""
+    plan, target = _plan(flags), find_target(flags["target"])
+    target.form_for(plan.precision, False, flags["form"])
+    output = flags["output"] or Path("out") / f"{Path(model).stem or 'model'}-{str(plan.precision).lower()}"
+    if flags["dry_run"]:
+        return _dry_run(model, plan, output, flags)
+    check_output(output, flags["force"])
+    calibration_directory = output.with_name(f"{output.name}.calib")
+    with Screen(flags["as_json"], flags["verbose"]) as screen:
+        stages = Stages(screen)
+        checkpoint = _load(model, plan, flags, stages)
+        calibration = _calibrated(checkpoint, plan, calibration_directory, flags, stages)
+        del checkpoint
+        bundle = build_bundle(calibration, calibration_directory, target, output, flags, stages)
+        fp = _load(model, plan, {**flags, "device": "cpu"}, stages, "load checkpoint again").decoder
+        validation = _validated(bundle, calibration, fp, flags, stages)
+        report = _write_report(bundle, calibration, stages.to_list(), validation)
+    sample = "".join(_stream(bundle, SAMPLE_PROMPT, SAMPLE_TOKENS))
+    if flags["as_json"]:
+        print_json({**report, "bundle": str(output), "sample": {"prompt": SAMPLE_PROMPT, "text": sample}})
+    else:
+        console = output_console()
+        print_report(console, report)
+        console.print(f"\n> {SAMPLE_PROMPT}\n{sample}\n", highlight=False, markup=False)
+        console.print(f"bundle: {output}   report: {output / 'report.html'}   calibration: {calibration_directory}",
+                      highlight=False, markup=False, soft_wrap=True)
+    return bool(validation["passed"])
+
+
+def run_calibrate(model: str, flags: dict[str, Any]) -> bool:
+    """``pq-export calibrate``."""
+    plan, output = _plan(flags), flags["output"]
+    if flags["dry_run"]:
+        return _dry_run(model, plan, output, flags)
+    check_output(output, flags["force"])
+    with Screen(flags["as_json"], flags["verbose"]) as screen:
+        stages = Stages(screen)
+        from pq_export.calib.pipeline import calibrate
+
+        calibration = calibrate(_load(model, plan, flags, stages), plan, output, stages)
+    if flags["as_json"]:
+        print_json({"calibration": str(output), **_calibration_facts(calibration), "stages": stages.to_list()})
+    else:
+        _print_facts(f"Calibration {output}", _calibration_facts(calibration))
+    return True
+
+
+def run_build(calibration_directory: Path, flags: dict[str, Any]) -> bool:
+    """``pq-export build``."""
+    target = find_target(flags["target"])
+    calibration = load_calibration(calibration_directory)
+    check_output(flags["output"], flags["force"])
+    with Screen(flags["as_json"], flags["verbose"]) as screen:
+        stages = Stages(screen)
+        bundle = build_bundle(calibration, calibration_directory, target, flags["output"], flags, stages)
+        earlier = _calibration_stages(calibration_directory)
+        report = _write_report(bundle, calibration, [*earlier, *stages.to_list()], None)
+    if flags["as_json"]:
+        print_json({**report, "bundle": str(flags["output"])})
+    else:
+        print_report(output_console(), report)
+    return True
+
+
+def run_validate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
+    """``pq-export validate``; returns whether it passed."""
+    bundle = open_bundle(bundle_directory)
+    calibration_directory = flags["calib"] or bundle_directory.with_name(f"{bundle_directory.name}.calib")
+    calibration = load_calibration(calibration_directory)
+    with Screen(flags["as_json"], flags["verbose"]) as screen:
+        stages = Stages(screen)
+        fp = None
+        if flags["model"]:
+            layers = bundle.config["plan"]["num_layers"]
+            checkpoint = _load_checkpoint(flags["model"], layers, "cpu", flags["trust_remote_code"], stages, "load checkpoint")
+            if checkpoint.source.sha256 != calibration.source.sha256:
+                raise IntegrityError("is not the checkpoint that this calibration came from", where=flags["model"],
+                                     cure="Give the same one with --model, or leave --model out.")
+            fp = checkpoint.decoder
+        validation = _validated(bundle, calibration, fp, flags, stages)
+        _write_report(bundle, calibration, stages.to_list(), validation)
+    if flags["as_json"]:
+        print_json(validation)
+    else:
+        print_validation(output_console(), validation)
+    return bool(validation["passed"])
+
+
+def run_generate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
+    """``pq-export generate``."""
+    import time
+
+    bundle = open_bundle(bundle_directory, verify_hashes=False)
+    started, pieces = time.perf_counter(), []
+    for piece in _stream(bundle, flags["prompt"], flags["max_new_tokens"], flags):
+        pieces.append(piece)
+        if not flags["as_json"]:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if flags["as_json"]:
+        print_json({"prompt": flags["prompt"], "text": "".join(pieces), "seconds": time.perf_counter() - started})
+    else:
+        sys.stdout.write("\n")
+    return True
+
+
+def run_inspect(what: str, flags: dict[str, Any]) -> bool:
+    """``pq-export inspect``."""
+    path = Path(what)
+    if (path / CONFIG_NAME).is_file():
+        facts = _bundle_facts(open_bundle(path))
+    elif (path / JSON_NAME).is_file():
+        facts = _calibration_facts(load_calibration(path))
+    else:
+        from pq_export.calib.checkpoint import describe_checkpoint
+
+        facts = describe_checkpoint(what)
+    if flags["as_json"]:
+        print_json(facts)
+    else:
+        _print_facts(what, facts)
+    return True
+
+
+def run_targets(flags: dict[str, Any]) -> bool:
+    """``pq-export targets``."""
+    rows = [[t.name, t.title, t.executes, ", ".join(f.value for f in t.forms)] for t in TARGETS.values()]
+    if flags["as_json"]:
+        print_json([dict(zip(("name", "title", "executes", "forms"), row, strict=True)) for row in rows])
+    else:
+        output_console().print(table("Targets", ["name", "what", "executes", "forms"], rows))
+    return True
+
+
+def build_bundle(
+    calibration: Calibration, directory: Path, target: Any, output: Path, flags: dict[str, Any], stages: Stages
+) -> Bundle:
+    """Build with the options of the command line."""
+    from pq_export.build import build
+
+    return build(calibration, directory, target, output, stages, form=flags["form"], external_data=flags["external_data"])
+
+
+def _plan(flags: dict[str, Any]) -> Plan:
+    kv = flags.pop("kv")
+    options = {name: flags.pop(name) for name in PLAN_FLAGS}
+    return resolve_plan(chosen_precision(flags), None if kv is None else int(kv), flags.pop("recipe"), **options)
+
+
+def _load(model: str, plan: Plan, flags: dict[str, Any], stages: Stages, title: str = "load checkpoint") -> Any:
+    return _load_checkpoint(model, plan.num_layers, flags["device"], flags["trust_remote_code"], stages, title)
+
+
+def _load_checkpoint(model: str, layers: int | None, device: str, trust: bool, stages: Stages, title: str) -> Any:
+    with stages.stage(title):
+        from pq_export.calib.checkpoint import load_checkpoint
+
+        return load_checkpoint(model, num_layers=layers, device=device, trust_remote_code=trust)
+
+
+def _calibrated(checkpoint: Any, plan: Plan, directory: Path, flags: dict[str, Any], stages: Stages) -> Calibration:
+    """The calibration in ``directory`` if it is this plan's of this checkpoint, else a new one."""
+    from pq_export.calib.pipeline import calibrate
+
+    if (directory / JSON_NAME).is_file():
+        document = read_calibration_json(directory)
+        same = document.get("fingerprint") == plan.fingerprint(checkpoint.source.sha256)
+        if same:
+            with stages.stage("calibrate", reused=True):
+                return load_calibration(directory)
+        if document["source"]["sha256"] != checkpoint.source.sha256 and not flags["force"]:
+            raise IntegrityError(f"belongs to another checkpoint ({document['source']['name']})", where=directory,
+                                 cure="Give another -o, or --force to replace it.")
+    return calibrate(checkpoint, plan, directory, stages)
+
+
+def _validated(bundle: Bundle, calibration: Calibration, fp: Any, flags: dict[str, Any], stages: Stages) -> dict[str, Any]:
+    from pq_export.calib.text import builtin_text, read_text, tokenize
+    from pq_export.runtime import load_tokenizer
+    from pq_export.validate.pipeline import Limits, Workload, validate
+
+    text = builtin_text(held_out=True) if flags["text"] is None else read_text(str(flags["text"]))
+    name = "held-out built-in text" if flags["text"] is None else flags["text"].name
+    tokens = tokenize(load_tokenizer(bundle), text)
+    work = Workload(tokens, name, flags["windows"], flags["window"], speed=flags["speed"])
+    limits = Limits(flags["min_code_share"], flags["min_greedy"], flags["max_ppl_difference"], flags["max_ppl_ratio"])
+    return validate(bundle, calibration, fp, work, limits, stages)
+
+
+def _write_report(
+    bundle: Bundle, calibration: Calibration, stages: list[dict[str, Any]], validation: dict[str, Any] | None
+) -> dict[str, Any]:
+    from pq_export.report.summary import report_of, write_report
+
+    report = report_of(bundle, calibration, stages, validation)
+    write_report(bundle, report)
+    return report
+
+
+def _calibration_stages(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "stages.json"
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # only the report's table of times would show them
+        return []
+
+
+def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | None = None) -> Any:
+    """Pieces of text as they are generated; a piece ends where its bytes form whole characters."""
+    from pq_export.runtime import OrtDecoder, Sampling, generate, load_tokenizer, prompt_ids, session_options, stop_tokens
+
+    flags = flags or {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None}
+    tokenizer = load_tokenizer(bundle)
+    chat = bool(tokenizer.chat_template) if flags["chat"] is None else flags["chat"]
+    if chat and not tokenizer.chat_template:
+        raise PqExportError("has no chat template", where=bundle.directory, cure="Use --raw.")
+    ids = prompt_ids(bundle, tokenizer, prompt, chat)
+    weight_bits = int(bundle.config["precision"][1])
+    decoder = OrtDecoder(bundle.model_path, session_options(weight_bits))
+    sampling = Sampling(flags["temperature"], flags["top_p"], flags["seed"])
+    pending: list[int] = []
+    for token in generate(decoder, ids, limit, stop_tokens(bundle, tokenizer), sampling):
+        pending.append(token)
+        piece = tokenizer.decode(pending, skip_special_tokens=True)
+        if not piece.endswith("\ufffd"):
+            yield piece
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending, skip_special_tokens=True)
+
+
+def _dry_run(model: str, plan: Plan, output: Path, flags: dict[str, Any]) -> bool:
+    from pq_export.calib.checkpoint import describe_checkpoint
+    from pq_export.estimate import estimate
+
+    facts = describe_checkpoint(model, flags["trust_remote_code"])
+    expected = estimate(facts, plan)
+    document = {"model": facts, "plan": plan.to_dict(), "output": str(output), "expected": asdict(expected)}
+    if flags["as_json"]:
+        print_json(document)
+        return True
+    _print_facts("Plan", {"model": facts["name"], "architecture": facts["architecture"], "output": str(output), **plan.to_dict()})
+    _print_facts("Expected", {"bundle weights": bytes_text(expected.bundle_bytes), "peak memory": bytes_text(expected.peak_bytes),
+                              "calibration": seconds_text(expected.calibrate_seconds)})
+    return True
+
+
+def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
+    c = calibration
+    return {
+        "kind": "calibration", "name": c.source.name, "architecture": c.source.architecture,
+        "precision": str(c.precision), "layers": c.decoder.num_layers, "prefix": list(c.prefix.tokens),
+        "prefix_ids": list(c.prefix.token_ids), "rotation": c.rotation.mode,
+        "online": list(c.rotation.online), "checkpoint_sha256": c.source.sha256,
+    }
+
+
+def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    c = bundle.config
+    size = sum(record["bytes"] for record in c["files"].values())
+    return {
+        "kind": "bundle", "name": c["source"]["name"], "target": c["target"], "form": c["form"],
+        "precision": c["precision"], "layers": c["num_layers"], "prefix": c["prefix"]["tokens"],
+        "prefix_ids": c["prefix"]["token_ids"], "bytes": size,
+        "kv_bytes_per_token": c["kv_cache"]["bytes_per_token"], "versions": c["versions"],
+    }
+
+
+def _print_facts(title: str, facts: dict[str, Any]) -> None:
+    rows = [[name.replace("_", " "), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
+            for name, value in facts.items()]
+    output_console().print(table(title, ["", "value"], rows))
