@@ -61,7 +61,7 @@ def load_checkpoint(
         config = _read(location, transformers.AutoConfig, "configuration")
         architecture = check_supported(config, location.name)
         tokenizer = _read(location, transformers.AutoTokenizer, "tokenizer")
-        hf = _read(location, transformers.AutoModelForCausalLM, "weights", dtype=torch.float32,
+        hf = _read(location, transformers.AutoModelForCausalLM, "weights", dtype=torch.float32, config=config,
                    **({} if location.gguf else {"use_safetensors": True}))
         generation_config = hf.generation_config
         if num_layers is not None:

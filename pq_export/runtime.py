@@ -17,9 +17,14 @@ from pq_export.rewrite.last_logits import NUM_LOGITS
 ONNX_TO_NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
 
 
-def session_options(weight_bits: int = 8, threads: int | None = None) -> ort.SessionOptions:
-    """Options for the models that this project writes."""
+def session_options(weight_bits: int = 8, threads: int | None = None, fuse: bool = True) -> ort.SessionOptions:
+    """Options for the models that this project writes.
+
+    ``fuse``: False keeps onnxruntime from fusing nodes into operators of its own, which lack fp64 kernels.
+    """
     options = ort.SessionOptions()
+    if not fuse:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3  # onnxruntime warns about the optional input num_logits_to_keep
     if threads:
         options.intra_op_num_threads = threads

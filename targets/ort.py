@@ -1,10 +1,10 @@
 """onnxruntime on a CPU: the reference target.
 
 Every precision runs, and quantized activations run in integers, bit for bit the ones that calibration
-simulated. Facts behind the choice of form (onnxruntime 1.31, x86 with VNNI): ``qdq`` with 8-bit codes on
-both sides is fused to the same integer kernel as ``integer`` and is as fast; with 4-bit codes anywhere,
-onnxruntime leaves ``qdq`` as fp32 products of dequantized values, which is neither fast nor exact; with a
-bias, ``qdq`` becomes an fp32 Gemm.
+simulated. Facts behind the choice of form (onnxruntime 1.31, x86 with VNNI): ``integer`` is exact at
+every optimization level. ``qdq`` with 8-bit codes on both sides is fused to the same integer kernel, but
+only at the extended level, and with a bias it becomes an fp32 Gemm; with 4-bit codes anywhere it stays an
+fp32 product of dequantized values, which is neither fast nor exact.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from pq_export.targets.base import Target
 def _choose_form(precision: Precision, has_bias: bool) -> tuple[Form, str]:
     if precision.activation_bits == 16:
         return Form.INTEGER, "weight-only: integers are unpacked and scaled once, when the session loads"
-    if precision.weight_bits == 8 and precision.activation_bits == 8 and not has_bias:
-        return Form.QDQ, "8-bit codes on both sides: onnxruntime fuses Q/DQ to its integer kernel, exactly"
-    return Form.INTEGER, "onnxruntime would run Q/DQ of 4-bit codes in fp32: slower and not exact"
+    return Form.INTEGER, "exact int32 products in VNNI kernels at every optimization level"
 
 
 ORT = Target(

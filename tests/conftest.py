@@ -88,7 +88,11 @@ _CONFIGS: dict[str, tuple[type, type, dict[str, object]]] = {
         {**_SIZES, "bos_token_id": None, "tie_word_embeddings": True},
     ),
     # heads * head_dim = 96 is not hidden_size.
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {**_SIZES, "head_dim": 24, "bos_token_id": None}),
+    "qwen3": (
+        transformers.Qwen3Config,
+        transformers.Qwen3ForCausalLM,
+        {**_SIZES, "head_dim": 24, "bos_token_id": None},
+    ),
 }
 FAMILIES = tuple(_CONFIGS)
 
@@ -131,7 +135,9 @@ def plant_outlier(model: nn.Module) -> None:
             linear.weight[PLANTED_CHANNEL, 0] = 8.0
 
 
-def word_tokenizer(bos: bool = True, extra: tuple[str, ...] = (), **special: str) -> transformers.PreTrainedTokenizerFast:
+def word_tokenizer(
+    bos: bool = True, extra: tuple[str, ...] = (), **special: str
+) -> transformers.PreTrainedTokenizerFast:
     """One token a word: ``<unk> <s> </s> w3 w4 ...``; ``wN`` has id N."""
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB - len(extra))), *extra]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -153,7 +159,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-def random_words(count: int, seed: int = 0, planted_share: float = 0.01) -> str:
+def random_words(count: int, seed: int = 0, planted_share: float = 0.03) -> str:
     """Text of ``count`` words; a share of them is the planted one."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, VOCAB, count)
@@ -222,24 +228,23 @@ def small_plan(text_file: Path) -> Callable[..., Plan]:
 
 @pytest.fixture(scope="session")
 def calibrations(
-    tiny_llama_dir: Path,
     checkpoint_dir: Callable[[str], Path],
     small_plan: Callable[..., Plan],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Calibration]:
-    """``calibrations("w4a4")`` -> calibration of the first two layers of ``tiny_llama_dir``, made once each.
+    """``calibrations("w4a4")`` -> calibration of the tiny Llama with a prefix of three tokens, made once each.
 
-    ``family`` takes another tiny model instead. The result is shared: do not change it in place.
+    ``family`` takes another tiny model. The result is shared: do not change it in place.
     """
     made: dict[object, Calibration] = {}
 
-    def make(name: str, kv: int | None = None, family: str | None = None, **changes: object) -> Calibration:
+    def make(name: str, kv: int | None = None, family: str = "llama", **changes: object) -> Calibration:
         key = (name, kv, family, tuple(sorted(changes.items())))
         if key not in made:
-            directory = tiny_llama_dir if family is None else checkpoint_dir(family)
-            checkpoint = load_checkpoint(str(directory), num_layers=2)
+            checkpoint = load_checkpoint(str(checkpoint_dir(family)))
             output = tmp_path_factory.mktemp("calibration") / "out"
-            made[key] = calibrate(checkpoint, small_plan(name, kv, **changes), output, Stages())
+            plan = small_plan(name, kv, **{"prefix": "w77 w8 w9", **changes})
+            made[key] = calibrate(checkpoint, plan, output, Stages())
         return made[key]
 
     return make

@@ -71,14 +71,15 @@ def test_leavings_of_a_killed_run_do_not_leak_into_the_output(tmp_path: Path) ->
 def test_a_failed_rename_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new directory cannot take the old one's place (say, the path became a mount point): the old one stays."""
     path = old_output(tmp_path)
-    rename = Path.rename
+    rename = os.rename
 
-    def fails_onto_output(self: Path, target: Path) -> Path:
-        if Path(target) == path and self.name.endswith(".writing"):
+    def fails_onto_output(source: Path, target: Path) -> None:
+        if Path(target) == path and Path(source).name.endswith(".writing"):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        return rename(self, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", fails_onto_output)
+    monkeypatch.setattr(os, "rename", fails_onto_output)
+    monkeypatch.setattr(os, "replace", fails_onto_output)
     with pytest.raises(PqExportError), new_directory(path) as directory:
         (directory / "a.txt").write_text("a")
     assert path.is_dir() and tree(path) == {"old.txt": "old"}
@@ -204,6 +205,6 @@ def test_full_disk_in_a_file_names_it_and_keeps_the_old(tmp_path: Path, monkeypa
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), errors_of(tmp_path):
         _ = 1 // 0
-    with pytest.raises(OSError, match="^no number$") as caught, errors_of(tmp_path):
+    with pytest.raises(OSError, match="no number") as caught, errors_of(tmp_path):
         raise OSError("no number")
     assert not isinstance(caught.value, PqExportError)

@@ -91,7 +91,17 @@ def test_sylvester_refuses_other_orders(order: int) -> None:
 
 @pytest.mark.parametrize(
     ("q", "power"),
-    [(2, (2, 1)), (9, (3, 2)), (27, (3, 3)), (343, (7, 3)), (625, (5, 4)), (1021, (1021, 1)), (1, None), (12, None), (1001, None)],
+    [
+        (2, (2, 1)),
+        (9, (3, 2)),
+        (27, (3, 3)),
+        (343, (7, 3)),
+        (625, (5, 4)),
+        (1021, (1021, 1)),
+        (1, None),
+        (12, None),
+        (1001, None),
+    ],
 )
 def test_prime_power(q: int, power: tuple[int, int] | None) -> None:
     assert prime_power(q) == power
@@ -113,7 +123,7 @@ def test_jacobsthal_of_an_extension_field(q: int) -> None:
     wide = matrix.astype(np.int64)
     assert (wide @ wide.T == q * np.eye(q, dtype=np.int64) - 1).all()
     assert (wide.sum(1) == 0).all()
-    assert (wide.T == (wide if q % 4 == 1 else -wide)).all()
+    assert ((wide if q % 4 == 1 else -wide) == wide.T).all()
 
 
 @pytest.mark.parametrize("q", [1, 2, 8, 15, 21, 64])

@@ -92,7 +92,9 @@ def test_search_crops_are_never_longer_than_calibration_crops() -> None:
     assert Plan(W4A4, seq_len=512, search_seq_len=256).search_length == 256
 
 
-@pytest.mark.parametrize(("name", "rotate"), [("w4a4", "online"), ("w4a8", "online"), ("w8a8", "online"), ("w4a16", "none")])
+@pytest.mark.parametrize(
+    ("name", "rotate"), [("w4a4", "online"), ("w4a8", "online"), ("w8a8", "online"), ("w4a16", "none")]
+)
 def test_default_rotation(name: str, rotate: str) -> None:
     assert resolve_plan(name, None, None).rotate == rotate
 
@@ -168,7 +170,15 @@ def test_no_precision_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["calib_samples: many", "seq_len: [1, 2]", "calib_samples: 2.5", "seed: abc", "prefix: 5", "calib_data: 3", "rotate: 1"],
+    [
+        "calib_samples: many",
+        "seq_len: [1, 2]",
+        "calib_samples: 2.5",
+        "seed: abc",
+        "prefix: 5",
+        "calib_data: 3",
+        "rotate: 1",
+    ],
 )
 def test_recipe_values_of_the_wrong_type(tmp_path: Path, line: str) -> None:
     with pytest.raises(PqExportError):

@@ -77,7 +77,9 @@ def test_ties_go_to_even_as_in_onnx(bits: int) -> None:
 @pytest.mark.parametrize(("bits", "low", "high"), [(4, -8, 7), (8, -128, 127)])
 def test_saturates_at_both_ends(bits: int, low: int, high: int) -> None:
     assert code_range(bits) == (low, high)
-    x = torch.tensor([-1e30, low - 1.0, low - 0.51, low, high, high + 0.51, high + 1.0, 1e30, float("inf"), -float("inf")])
+    x = torch.tensor(
+        [-1e30, low - 1.0, low - 0.51, low, high, high + 0.51, high + 1.0, 1e30, float("inf"), -float("inf")]
+    )
     assert quantize(x, torch.tensor(1.0), bits).tolist() == [low, low, low, low, high, high, high, high, high, low]
 
 

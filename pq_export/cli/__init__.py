@@ -8,9 +8,8 @@ import sys
 
 def main() -> None:
     """Entry point: user errors become one line, Ctrl-C says how to go on."""
-    # The libraries' own progress bars would write over ours; both read this when they are imported.
+    # The libraries' own progress bars would write over ours; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from pq_export.cli.app import cli
     from pq_export.errors import PqExportError

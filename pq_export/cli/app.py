@@ -84,6 +84,7 @@ def build(calibration: Path, **flags: Any) -> None:
 @click.option("--calib", type=opt.path_type, help="The calibration it was built from (default: BUNDLE.calib).")
 @click.option("--model", help="The checkpoint, for the floating-point rows.")
 @opt.validation_options
+@opt.device_option
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's directory.")
 @opt.common_options
 def validate(bundle: Path, **flags: Any) -> None:
@@ -100,6 +101,7 @@ def validate(bundle: Path, **flags: Any) -> None:
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0.0, max=1.0, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@opt.threads_option
 @click.option("--chat/--raw", default=None, help="Wrap the prompt in the chat template (default: if there is one).")
 @opt.common_options
 def generate(bundle: Path, **flags: Any) -> None:

@@ -209,7 +209,8 @@ def _validated(bundle: Bundle, calibration: Calibration, fp: Any, flags: dict[st
     text = builtin_text(held_out=True) if flags["text"] is None else read_text(str(flags["text"]))
     name = "held-out built-in text" if flags["text"] is None else flags["text"].name
     tokens = tokenize(load_tokenizer(bundle), text)
-    work = Workload(tokens, name, flags["windows"], flags["window"], speed=flags["speed"])
+    work = Workload(tokens, name, flags["windows"], flags["window"], speed=flags["speed"], device=flags["device"],
+                    threads=flags["threads"])
     limits = Limits(flags["min_code_share"], flags["min_greedy"], flags["max_ppl_difference"], flags["max_ppl_ratio"])
     return validate(bundle, calibration, fp, work, limits, stages)
 
@@ -236,14 +237,14 @@ def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | Non
     """Pieces of text as they are generated; a piece ends where its bytes form whole characters."""
     from pq_export.runtime import OrtDecoder, Sampling, generate, load_tokenizer, prompt_ids, session_options, stop_tokens
 
-    flags = flags or {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None}
+    flags = flags or {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None, "threads": None}
     tokenizer = load_tokenizer(bundle)
     chat = bool(tokenizer.chat_template) if flags["chat"] is None else flags["chat"]
     if chat and not tokenizer.chat_template:
         raise PqExportError("has no chat template", where=bundle.directory, cure="Use --raw.")
     ids = prompt_ids(bundle, tokenizer, prompt, chat)
     weight_bits = int(bundle.config["precision"][1])
-    decoder = OrtDecoder(bundle.model_path, session_options(weight_bits))
+    decoder = OrtDecoder(bundle.model_path, session_options(weight_bits, flags["threads"]))
     sampling = Sampling(flags["temperature"], flags["top_p"], flags["seed"])
     pending: list[int] = []
     for token in generate(decoder, ids, limit, stop_tokens(bundle, tokenizer), sampling):

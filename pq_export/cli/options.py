@@ -25,6 +25,10 @@ def _stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Com
 
 path_type = click.Path(path_type=Path)
 
+device_option = click.option("--device", default="cpu", show_default=True, help="PyTorch device, such as cuda.")
+
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="onnxruntime threads (default: all cores).")
+
 precision_options = _stack(
     *(click.option(f"--{name}", is_flag=True, help=f"{name[1]}-bit weights, {name[3:]}-bit activations.")
       for name in PRECISIONS),
@@ -44,7 +48,7 @@ calibration_options = _stack(
     click.option("--seed", type=int, help="Seed of crops and rotations (default 0)."),
     click.option("--num-layers", type=int, metavar="N", help="Use only the first N layers: smoke runs."),
     click.option("--recipe", type=path_type, metavar="FILE", help="YAML file with any of these options."),
-    click.option("--device", default="cpu", show_default=True, help="PyTorch device of the calibration."),
+    device_option,
     click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's directory."),
 )
 
@@ -59,6 +63,7 @@ validation_options = _stack(
     click.option("--text", type=path_type, metavar="FILE", help="Evaluation text (default: held-out built-in text)."),
     click.option("--windows", type=click.IntRange(min=1), default=2, show_default=True, help="Perplexity windows."),
     click.option("--window", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens a window."),
+    threads_option,
     click.option("--speed", is_flag=True, help="Measure prefill and decode tokens/s beside the fp32 ONNX."),
     click.option("--min-code-share", type=float, default=0.999, show_default=True,
                  help="Least share of equal integer codes at any quantizer."),

@@ -26,7 +26,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from pq_export.calib.outliers import OUTLIER_RATIO
 
@@ -80,7 +80,8 @@ STYLE = {
 # "default" first: the user's own matplotlibrc must not change the report.
 styled = matplotlib.style.context(["default", STYLE])
 
-LABEL_SIZE, LABEL_ROWS, LABEL_HEIGHT, LABEL_LENGTH = 10.5, 3, 15.0, 18
+# Token labels: font size, rows above the data, row height in px, longest text, and how many are tried.
+LABEL_SIZE, LABEL_ROWS, LABEL_HEIGHT, LABEL_LENGTH, LABEL_LIMIT = 10.5, 4, 14.0, 18, 40
 SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
 
@@ -93,7 +94,7 @@ DIFFERENCE_LEVELS = (
     (1e-3, 0.82, "< 1e-2"),
     (1e-2, 1.0, "≥ 1e-2"),
 )
-# Lower bound of 1 - factor: half a step of the searches' grids below the round number in the legend.
+# Lower bound of 1 - factor, just off the finest search step (0.025) so that no grid value sits on a bound.
 CLIP_LEVELS = (
     (-math.inf, 0.07, "≥ 0.975"),
     (0.0251, 0.28, "0.9"),
@@ -124,30 +125,33 @@ def token_ratios(panels: Sequence[tuple[str, dict[str, Any]]]) -> Markup:
 
     ``example``: see the report's ``outliers_before``. Tokens above the threshold are labelled.
     """
-    height, gap, left, top, bottom = 168, 44, 46, 26, 40
-    figure = _figure(top + len(panels) * (height + gap) - gap + bottom)
+    data, gap, left, top, bottom = 124.0, 44.0, 40.0, 26.0, 40.0
     ratios = [_positive(example["ratio"]) for _, example in panels]
+    outliers = [np.flatnonzero(np.nan_to_num(ratio) > OUTLIER_RATIO) for ratio in ratios]
+    # Labels have the top of a panel to themselves, so that they never cover data.
+    heights = [data + (LABEL_ROWS * LABEL_HEIGHT + 2 if len(positions) else 0) for positions in outliers]
+    figure = _figure(top + sum(heights) + (len(panels) - 1) * gap + bottom)
     finite = [r[np.isfinite(r)] for r in ratios]
     low = min([0.5, *(float(r.min()) for r in finite if r.size)]) / 1.3
     high = 1.6 * max([OUTLIER_RATIO, *(float(r.max()) for r in finite if r.size)])
-    # Labels have the top of the panel to themselves, so that they never cover data.
-    labels = LABEL_ROWS * LABEL_HEIGHT + 2
-    ceiling = high * (high / low) ** (labels / (height - labels))
-    for index, ((title, example), ratio) in enumerate(zip(panels, ratios, strict=True)):
-        ax = _axes(figure, left, top + index * (height + gap), WIDTH - left - 2, height)
+    for (title, example), ratio, positions, height in zip(panels, ratios, outliers, heights, strict=True):
+        ax = _axes(figure, left, top, WIDTH - left - 2, height)
+        top += height + gap
         ax.set_title(printable(title))
-        ax.set(xlim=(-0.012 * len(ratio), 1.006 * len(ratio)), ylim=(low, ceiling), ylabel="max / median")
-        _log(ax, low, high)
+        ax.set_title(f"dashed: threshold {OUTLIER_RATIO:g}", loc="right", color=COLOUR["muted"])
+        ax.set(xlim=(-0.012 * len(ratio), 1.006 * len(ratio)))
+        _log(ax, low, high, low * (high / low) ** (height / data))
         ax.spines["left"].set_bounds(low, high)
-        _threshold(ax, len(ratio), "right")
-        outlier = np.isfinite(ratio) & (ratio > OUTLIER_RATIO)
-        _stems(ax, ratio, ~outlier, "cool", 1.0)
-        _stems(ax, ratio, outlier, "warm", 1.6)
-        positions = np.flatnonzero(outlier)
+        _threshold(ax)
+        ordinary = np.ones(len(ratio), bool)
+        ordinary[positions] = False
+        _stems(ax, ratio, ordinary, "cool", 1.0)
+        _stems(ax, ratio, ~ordinary, "warm", 1.6)
         ax.plot(positions, ratio[positions], "o", color=COLOUR["warm"], markersize=4.5)
         texts = example.get("tokens") or [f"id {i}" for i in example.get("token_ids", ())]
         order = sorted((int(p) for p in positions if p < len(texts)), key=lambda p: (-ratio[p], p))
-        _label_tokens(ax, [(p, float(ratio[p]), token_text(str(texts[p]), LABEL_LENGTH)) for p in order], height)
+        labels = [(p, float(ratio[p]), token_text(str(texts[p]), LABEL_LENGTH)) for p in order[:LABEL_LIMIT]]
+        _label_tokens(ax, labels, height)
     ax.set_xlabel("position in the sequence (tokens)")
     return _svg(figure, "token-ratios", "Token-wise maximum over median of the down_proj input along one sequence")
 
@@ -155,12 +159,12 @@ def token_ratios(panels: Sequence[tuple[str, dict[str, Any]]]) -> Markup:
 @styled
 def layer_outliers(before: dict[str, Any] | None, after: dict[str, Any] | None) -> Markup:
     """Largest ratio, largest magnitude and mean outlier count of every layer, without and with the prefix."""
-    panels = (
+    panels = [
         ("max_ratio", "largest max / median", True),
         ("max_value", "largest magnitude", True),
         ("mean_count", "outlier tokens per sequence", False),
-    )
-    panels = tuple(p for p in panels if any(p[0] in side for side in (before, after) if side))
+    ]
+    panels = [panel for panel in panels if any(panel[0] in side for side in (before, after) if side)]
     figure = _figure(206)
     boxes = _columns(len(panels))
     for (key, title, log), (left, width) in zip(panels, boxes, strict=True):
@@ -181,45 +185,37 @@ def layer_outliers(before: dict[str, Any] | None, after: dict[str, Any] | None) 
         _layer_axis(ax, len(shown[0]))
         _value_axis(ax, values, log)
         if key == "max_ratio":
-            _threshold(ax, len(shown[0]), None)
+            _threshold(ax)
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1.17), ncols=2)
     return _svg(figure, "layer-outliers", "Outlier statistics of every layer without and with the prefix")
 
 
 @styled
 def layer_scales(
-    activation: dict[str, list[float]],
-    kv: dict[str, list[list[float]]],
-    error: list[float] | None,
-    cosine: list[float] | None,
+    activation: dict[str, list[float]], kv: dict[str, list[list[float]]], error: list[float] | None
 ) -> Markup:
     """Static scales and block errors over layers, one panel for each that is there.
 
-    ``activation``: site -> [L]. ``kv``: site -> [L][heads]. ``error`` [L], and ``cosine`` [L] as 1 - cosine.
+    ``activation``: site -> [L]. ``kv``: site -> [L][heads]. ``error`` [L].
     """
     drawers: list[tuple[str, Callable[[Axes], None]]] = []
     if activation:
         drawers.append(("scale of linear inputs", lambda ax: _draw_series(ax, activation)))
     if kv:
-        drawers.append(("scale of cached keys and values", lambda ax: _draw_heads(ax, kv)))
-    errors = {}
+        drawers.append(("scale of cached keys and values, by head", lambda ax: _draw_heads(ax, kv)))
     if error:
-        errors["relative MSE"] = error
-    if cosine:
-        errors["1 - cosine"] = [math.nan if c is None else 1.0 - c for c in cosine]
-    if errors:
-        drawers.append(("error of the block output", lambda ax: _draw_series(ax, errors)))
-    figure = _figure(236)
+        drawers.append(("error of the block output", lambda ax: _draw_series(ax, {"relative MSE": error})))
+    figure = _figure(232)
     for (title, draw), (left, width) in zip(drawers, _columns(len(drawers)), strict=True):
-        ax = _axes(figure, left, 66, width, 130)
-        ax.set_title(title, pad=40)
+        ax = _axes(figure, left, 62, width, 130)
+        ax.set_title(title, pad=38)
         draw(ax)
     return _svg(figure, "layer-scales", "Scales of linear inputs, keys and values, and the block error over layers")
 
 
 @styled
 def strip(name: str, rows: dict[str, list[float]], levels: Levels, label: str) -> Markup:
-    """A cell for each row and layer, the darker the larger its value. ``rows``: name -> [L], NaN leaves a gap."""
+    """A cell for each row and layer, the stronger the larger its value. ``rows``: name -> [L], NaN leaves a gap."""
     layers = max(len(values) for values in rows.values())
     left, top, cell = 150, 24, 15
     figure = _figure(top + cell * len(rows) + 42)
@@ -229,10 +225,12 @@ def strip(name: str, rows: dict[str, list[float]], levels: Levels, label: str) -
         values[row, : len(content)] = _floats(content)
     bounds = np.array([low for low, _, _ in levels])
     level = np.where(np.isnan(values), -1, np.searchsorted(bounds, np.nan_to_num(values), side="right") - 1)
+    square = Path.unit_rectangle()
+    corners = np.asarray(square.vertices) * (0.9, 0.84) - (0.45, 0.42)
     for index, (_, opacity, _) in enumerate(levels):
-        cells = [Path.unit_rectangle().vertices * (0.9, 0.84) + (x - 0.45, y - 0.42) for y, x in np.argwhere(level == index)]
-        if cells:
-            path = Path.make_compound_path(*(Path(c, Path.unit_rectangle().codes) for c in cells))
+        cells = [Path(corners + cell[::-1], square.codes) for cell in np.argwhere(level == index)]
+        if cells:  # one path for a level: one for each cell makes the file large
+            path = Path.make_compound_path(*cells)
             ax.add_patch(PathPatch(path, facecolor=COLOUR["cool"], alpha=opacity, edgecolor="none"))
     ax.set(xlim=(-0.6, layers - 0.4), ylim=(len(rows) - 0.5, -0.5), xlabel="layer")
     ax.set_yticks(range(len(rows)), [printable(row) for row in rows])
@@ -240,12 +238,12 @@ def strip(name: str, rows: dict[str, list[float]], levels: Levels, label: str) -
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    x = float(left)
+    x, total = float(left), _height(figure)
     for _, opacity, text in levels:
-        corner = (x / WIDTH, 1 - 14 / _height(figure))
-        key = Rectangle(corner, 12 / WIDTH, 10 / _height(figure), facecolor=COLOUR["cool"], alpha=opacity, edgecolor="none")
+        key = Rectangle((x / WIDTH, 1 - 14 / total), 12 / WIDTH, 10 / total, facecolor=COLOUR["cool"], edgecolor="none")
+        key.set_alpha(opacity)
         figure.add_artist(key)
-        figure.text((x + 17) / WIDTH, 1 - 9 / _height(figure), text, va="center")
+        figure.text((x + 17) / WIDTH, 1 - 9 / total, text, va="center")
         x += 17 + 6.6 * len(text) + 20
     return _svg(figure, name, label)
 
@@ -284,36 +282,46 @@ def _stems(ax: Axes, ratio: np.ndarray, chosen: np.ndarray, name: str, width: fl
 
 def _label_tokens(ax: Axes, labels: Iterable[tuple[int, float, str]], height: float) -> None:
     """Put (x, y, text) into rows above the data, the first ones first; what finds no room stays without."""
-    low, high = ax.get_xlim()
-    unit = (high - low) / (ax.get_position().width * WIDTH)  # tokens a pixel
-    placed: list[tuple[int, float, float, int]] = []  # row, from, to, x of the leader
+    start, end = ax.get_xlim()
+    unit = (end - start) / (ax.get_position().width * WIDTH)  # tokens a pixel
+    rows: dict[int, int] = {}
+    spans: dict[int, tuple[float, float]] = {}
+    shown = []
     for x, y, text in labels:
         width = (0.61 * LABEL_SIZE * _cells(text) + 8) * unit
-        flipped = x + width > high
-        start, end = (x - width, x) if flipped else (x, x + width)
-        row = _free_row(placed, start, end, x)
-        if row is None:
-            continue
-        placed.append((row, start, end, x))
-        bottom = 1 - (LABEL_HEIGHT * (LABEL_ROWS - row)) / height
-        transform = ax.get_xaxis_transform()
-        data_y = float(ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1])
-        ax.plot([x, x], [data_y, bottom + 11 / height], transform=transform, color=COLOUR["muted"], linewidth=0.7)
-        where, align = (x - 3 * unit, "right") if flipped else (x + 3 * unit, "left")
+        span = (x - width, x + unit) if x + width > end else (x - unit, x + width)
+        if (trial := _label_rows({**spans, x: span})) is not None:
+            rows, spans = trial, {**spans, x: span}
+            shown.append((x, y, text))
+    transform = ax.get_xaxis_transform()
+    for x, y, text in shown:
+        bottom = 1 - LABEL_HEIGHT * (LABEL_ROWS - rows[x]) / height
+        foot = float(ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1])
+        ax.plot([x, x], [foot, bottom + 11 / height], transform=transform, color=COLOUR["muted"], linewidth=0.7)
+        where, align = (x - 3 * unit, "right") if spans[x][0] < x - unit else (x + 3 * unit, "left")
         ax.text(where, bottom + 2 / height, text, transform=transform, ha=align, size=LABEL_SIZE, family=MONO)
 
 
-def _free_row(placed: Sequence[tuple[int, float, float, int]], start: float, end: float, x: int) -> int | None:
-    """Lowest row where [start, end] hits no label and no leader of a higher row, and its own leader no label."""
-    for row in range(LABEL_ROWS):
-        if all(
-            not (other == row and start < to and begin < end)
-            and not (other > row and start <= leader <= end)
-            and not (other < row and begin <= x <= to)
-            for other, begin, to, leader in placed
-        ):
-            return row
-    return None
+def _label_rows(spans: dict[int, tuple[float, float]]) -> dict[int, int] | None:
+    """Row (0 is the lowest) of each label, given x -> [from, to]; None if they do not all fit.
+
+    A label stands right of its leader, so from right to left every label clears those below it.
+    """
+    rows: dict[int, int] = {}
+    for x in sorted(spans, reverse=True):
+        start, end = spans[x]
+        for row in range(LABEL_ROWS):
+            if not any(
+                (rows[o] == row and start < spans[o][1] and spans[o][0] < end)
+                or (rows[o] > row and start <= o <= end)
+                or (rows[o] < row and spans[o][0] <= x <= spans[o][1])
+                for o in rows
+            ):
+                rows[x] = row
+                break
+        else:
+            return None
+    return rows
 
 
 def _cells(text: str) -> int:
@@ -321,11 +329,8 @@ def _cells(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _threshold(ax: Axes, length: int, label: str | None) -> None:
+def _threshold(ax: Axes) -> None:
     ax.axhline(OUTLIER_RATIO, color=COLOUR["ink"], linewidth=0.9, dashes=(4, 3))
-    if label:
-        text = f"threshold {OUTLIER_RATIO:g}"
-        ax.text(length, OUTLIER_RATIO * 1.12, text, ha="right", va="bottom", color=COLOUR["muted"])
 
 
 def _layer_axis(ax: Axes, layers: int) -> None:
@@ -337,23 +342,21 @@ def _value_axis(ax: Axes, values: np.ndarray, log: bool) -> None:
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (1.0, 10.0)
     if log:
-        ax.set_ylim(low / 1.3, high * 1.3)
-        _log(ax, low / 1.3, high * 1.3)
+        _log(ax, low / 1.3, high * 1.3, high * 1.3)
     else:
         ax.set_ylim(min(0.0, low), 1.08 * high if high > 0 else 1.0)
     ax.grid(axis="y", color=COLOUR["rule"], linewidth=0.6)
     ax.set_axisbelow(True)
 
 
-def _log(ax: Axes, low: float, high: float) -> None:
-    """Log axis with plain numbers: matplotlib's own labels are mathtext. A short one needs 2 and 5 as well."""
-    limits = ax.get_ylim()
-    decades = math.log10(high / low)
+def _log(ax: Axes, low: float, high: float, ceiling: float) -> None:
+    """Log axis up to ``ceiling`` with plain numbers up to ``high``: matplotlib's own labels are mathtext."""
+    subs = (1.0, 2.0, 5.0) if math.log10(high / low) < 2 else (1.0,)
+    ticks = [v for v in LogLocator(subs=subs, numticks=6).tick_values(low, high) if low <= v <= high]
     ax.set_yscale("log")
-    ax.set_ylim(*limits)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=6))
+    ax.set_ylim(low, ceiling)
+    ax.set_yticks(ticks, [_tick(v) for v in ticks])
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v) if v <= high else ""))
 
 
 def _tick(value: float) -> str:
@@ -374,11 +377,10 @@ def _floats(values: Iterable[float | None]) -> np.ndarray:
 
 
 def _columns(count: int) -> list[tuple[float, float]]:
-    """(left, width) of panels side by side; one or two are not stretched over the whole figure."""
+    """(left, width) of panels side by side; a single one is not stretched over the whole figure."""
     left, gap = 44, 50
-    width = (WIDTH - left - 4 - 2 * gap) / 3 if count > 1 else (WIDTH - left - 4 - gap) / 2
-    if count == 2:
-        width = (WIDTH - left - 4 - gap) / 2
+    shares = max(count, 2)
+    width = (WIDTH - left - 4 - (shares - 1) * gap) / shares
     return [(left + i * (width + gap), width) for i in range(count)]
 
 
@@ -422,7 +424,7 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
     root.attrib |= {"class": "plot", "role": "img", "aria-label": label}
-    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704 - text was escaped by ElementTree
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def _page_style(style: str) -> str:

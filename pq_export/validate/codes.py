@@ -14,7 +14,7 @@ from torch import Tensor
 from pq_export.decoder import Decoder
 from pq_export.quantizer import code_range
 from pq_export.rewrite.streams import block_output
-from pq_export.runtime import OrtDecoder
+from pq_export.runtime import OrtDecoder, session_options
 from pq_export.simulate import tap_codes
 
 
@@ -138,7 +138,7 @@ def compare_running(model: onnx.ModelProto, decoder: Decoder, ids: Tensor, bits_
     """The whole graph free running; used on the fp64 twin with the fp64 decoder."""
     reference = reference_run(decoder, ids)
     names = code_outputs(model, list(reference.codes))
-    session = OrtDecoder(expose(model, list(names.values())).SerializeToString())
+    session = OrtDecoder(expose(model, list(names.values())).SerializeToString(), session_options(fuse=False))
     logits, _, values = session.step(ids.numpy(), session.empty(len(ids)), extra=[seen(n) for n in names.values()])
     sites = _compare(reference, dict(zip(names, values, strict=True)), bits_of, model)
     return {"tokens": ids.numel(), "sites": {s: c.equal for s, c in sites.items()},

@@ -50,7 +50,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Workload:
-    """How much to run. ``tokens``: the evaluation text. Lengths in tokens; ``window`` is cut to the context."""
+    """How much to run. ``tokens``: the evaluation text. Lengths in tokens; ``window`` is cut to the context.
+
+    ``device`` is where PyTorch measures perplexity; integers are compared on the CPU. ``threads`` are
+    onnxruntime's; None is all cores.
+    """
 
     tokens: np.ndarray
     text: str
@@ -59,6 +63,8 @@ class Workload:
     compare_tokens: int = 128
     greedy_steps: int = 64
     speed: bool = False
+    device: str = "cpu"
+    threads: int | None = None
 
 
 def check_belongs(bundle: Bundle, calibration: Calibration) -> None:
@@ -91,17 +97,20 @@ def validate(
     with stages.stage("compare fp64 twin"):
         result["exact"] = _exact(model, calibration, head, bits, work.greedy_steps)
     del model
-    graph = OrtDecoder(bundle.model_path, session_options(calibration.precision.weight_bits))
+    options = session_options(calibration.precision.weight_bits, work.threads)
+    graph = OrtDecoder(bundle.model_path, options)
     with stages.stage("compare free running"):
         result["free_running"] = _free_running(graph, simulated, head, work.greedy_steps)
+    simulated.to(work.device)
     rows = {FAKE_QUANT: torch_logits(simulated), ONNX: onnx_logits(graph)}
     if fp is not None:
+        fp.to(work.device)
         rows = {FP: torch_logits(fp), FP_PREFIX: torch_logits(fp, calibration.prefix.token_ids), **rows}
     result["perplexity"] = _perplexities(rows, work, window, stages)
     del graph, rows
     if work.speed:
         with stages.stage("measure speed"):
-            result["speed"] = _speed(bundle, calibration, fp)
+            result["speed"] = _speed(bundle, calibration, fp, work.threads)
     result["checks"] = checks(result, limits)
     result["limits"] = asdict(limits)
     result["passed"] = all(check["passed"] for check in result["checks"])
@@ -114,7 +123,7 @@ def _exact(
     twin, decoder = widen(model), simulated_decoder(calibration).double()
     result = compare_running(twin, decoder, ids, bits)
     prompt = ids[:, :PROMPT_TOKENS]
-    graph = OrtDecoder(twin.SerializeToString())
+    graph = OrtDecoder(twin.SerializeToString(), session_options(fuse=False))
     tokens = onnx_greedy(graph, prompt, steps)
     values = [perplexity(logits_of, ids).value for logits_of in (torch_logits(decoder), onnx_logits(graph))]
     return {**result, "greedy_equal": agreeing(torch_greedy(decoder, prompt, steps), tokens), "greedy_steps": steps,
@@ -149,15 +158,15 @@ def _perplexities(rows: dict[str, Any], work: Workload, window: int, stages: Sta
     return {"windows": work.windows, "window": window, "rows": measured}
 
 
-def _speed(bundle: Bundle, calibration: Calibration, fp: Decoder | None) -> dict[str, Any]:
+def _speed(bundle: Bundle, calibration: Calibration, fp: Decoder | None, threads: int | None) -> dict[str, Any]:
     from pq_export.export.fp_graph import export_fp_graph
     from pq_export.rewrite.pipeline import float_model
 
-    options = session_options(calibration.precision.weight_bits)
+    options = session_options(calibration.precision.weight_bits, threads)
     decoders: dict[str, Any] = {str(calibration.precision): lambda: OrtDecoder(bundle.model_path, options)}
     if fp is not None:
         baseline = float_model(export_fp_graph(fp.config), fp).SerializeToString()
-        decoders = {"fp32 ONNX": lambda: OrtDecoder(baseline), **decoders}
+        decoders = {"fp32 ONNX": lambda: OrtDecoder(baseline, session_options(threads=threads)), **decoders}
     return compare_speed(decoders, calibration.decoder.vocab_size)
 
 
