@@ -61,8 +61,11 @@ def load_checkpoint(
         config = _read(location, transformers.AutoConfig, "configuration")
         architecture = check_supported(config, location.name)
         tokenizer = _read(location, transformers.AutoTokenizer, "tokenizer")
-        hf = _read(location, transformers.AutoModelForCausalLM, "weights", dtype=torch.float32, config=config,
-                   **({} if location.gguf else {"use_safetensors": True}))
+        hf, loading = _read(location, transformers.AutoModelForCausalLM, "weights", dtype=torch.float32, config=config,
+                            output_loading_info=True, **({} if location.gguf else {"use_safetensors": True}))
+        if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
+            raise PqExportError(f"tensor {missing[0]} is missing from the weights", where=location.name,
+                                cure="Download the model again.")
         generation_config = hf.generation_config
         if num_layers is not None:
             _truncate(hf, num_layers)

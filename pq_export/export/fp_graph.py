@@ -9,6 +9,7 @@ the tensors of a ``Calibration``. Where each node came from is read from the exp
 from __future__ import annotations
 
 import ast
+import logging
 import warnings
 from dataclasses import dataclass
 
@@ -80,8 +81,10 @@ def _export_structure(config: DecoderConfig) -> onnx.ModelProto:
     kv_axes = {0: "batch", 2: "past"}
     shapes = ({0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}, {0: "batch", 1: "sequence"},
               [(kv_axes, kv_axes)] * config.num_layers)
+    # The exporter warns about axis names, which are shared on purpose, and about torchvision.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), mode:
-        warnings.simplefilter("ignore")  # advice on axis names that are shared on purpose
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             decoder, arguments, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, optimize=False, verbose=False,
             input_names=["input_ids", "attention_mask", "position_ids", *names],

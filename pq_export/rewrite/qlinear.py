@@ -69,7 +69,9 @@ def insert_qlinear(graph: gs.Graph, x: gs.Tensor, c: LinearConstants, site: str)
         if c.input_scale is None:
             inputs.append(gs.Variable.empty())
         inputs.append(gs.Constant(f"{c.name}.bias", c.bias))
-    return add_node(graph, OP, inputs, f"{c.name}.output", np.dtype(np.float32), domain=DOMAIN, **attrs)
+    y = add_node(graph, OP, inputs, f"{c.name}/output", np.dtype(np.float32), domain=DOMAIN, **attrs)
+    y.inputs[0].name = c.name
+    return y
 
 
 def _codes_constant(name: str, codes: np.ndarray, bits: int) -> gs.Constant:
