@@ -65,7 +65,7 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
     work = WorkDirectory(output, plan.fingerprint(checkpoint.source.sha256))
     run = _Run(checkpoint, plan, stages, work)
     with stages.stage("rewrite weights") as _:
-        rotation = rewrite(run.decoder, plan.rotate, plan.seed, stages.progress.note)
+        rotation = rewrite(run.decoder, plan.rotate, plan.seed, stages.progress.note, r3=plan.precision.kv_bits == 4)
     token_ids, before = _find_prefix(run, crops)
     ranges, after = _collect_ranges(run, crops, token_ids)
     layers = _search(run, crops, ranges)

@@ -24,18 +24,22 @@ LOGITS_TOLERANCE = 2e-4
 ROTATE_MODES = ("online", "offline", "none")
 
 
-def rewrite(decoder: Decoder, rotate: str, seed: int, progress: Callable[[str], None] = lambda step: None) -> Rotation:
+def rewrite(
+    decoder: Decoder, rotate: str, seed: int, progress: Callable[[str], None] = lambda step: None, *, r3: bool = True
+) -> Rotation:
     """Fuse norms and fold rotations in place; returns the record of what was done.
 
-    ``rotate``: 'online' = R1, R2, R3, R4; 'offline' = R1, R2 only; 'none' = norm fusion only.
+    ``rotate``: 'online' = R1, R2, R3, R4; 'offline' = R1, R2 only; 'none' = norm fusion only. ``r3`` False
+    leaves R3 out: it serves 4-bit keys and nothing else.
     Raises :class:`PqExportError` if a step changes the logits.
     """
     steps: list[tuple[str, Callable[[], None]]] = [("fuse norms", lambda: fuse_norms(decoder))]
     if rotate != "none":
         steps.append(("R1", lambda: fold_r1(decoder, random_hadamard(decoder.config.hidden_size, seed))))
         steps.append(("R2", lambda: fold_r2(decoder, random_hadamard(decoder.config.head_dim, seed + 1))))
-    if rotate == "online":
+    if rotate == "online" and r3:
         steps.append(("R3", lambda: insert_online_rotations(decoder, ("R3",))))
+    if rotate == "online":
         steps.append(("R4", lambda: fold_r4(decoder)))
     ids = probe_ids(decoder.config.vocab_size).to(decoder.embed_tokens.weight.device)
     reference = full_logits(decoder, ids)

@@ -35,6 +35,7 @@ def build(
         if findings := lint(model):
             raise PqExportError(f"the graph is not static: {findings[0]} ({len(findings)} findings): "
                                 "this is a defect, please report it")
+        target.lower(model)
     with stages.stage("write bundle"), new_directory(output) as directory:
         write_bundle(directory, model, calibration, calibration_directory, target=target.name, form=chosen.value,
                      form_reason=reason, external_data=external_data)

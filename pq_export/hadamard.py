@@ -118,10 +118,13 @@ def paley(order: int) -> np.ndarray | None:
 class HadamardFactors:
     """``order = left_order · right_order``; the matrix is ``left ⊗ sylvester(right_order)``, normalised.
 
-    ``construction`` is 'sylvester', 'paley' or 'block' (then ``left`` is the identity).
+    ``left`` is ``H_core ⊗ sylvester(left_order / core)``: powers of two may sit on either side, and the split
+    decides what the transform costs, ``left_order + right_order`` products an element. ``construction`` is
+    'sylvester', 'paley' or 'block' (then ``H_core`` is the identity).
     """
 
     order: int
+    core: int
     left_order: int
     construction: str
 
@@ -130,12 +133,12 @@ class HadamardFactors:
         return self.order // self.left_order
 
     def left(self) -> np.ndarray:
-        """[left_order, left_order], entries ±1, or the identity for 'block'."""
-        return _left_factor(self.left_order, self.construction)
+        """[left_order, left_order], entries ±1 (and 0 for 'block')."""
+        return np.kron(_core_factor(self.core, self.construction), sylvester(self.left_order // self.core))
 
     def right(self) -> np.ndarray:
         """[right_order, right_order] in fp64, with the whole normalisation folded in."""
-        norm = self.right_order if self.construction == "block" else self.order
+        norm = self.order // self.core if self.construction == "block" else self.order
         return sylvester(self.right_order) / np.sqrt(norm)
 
     def matrix(self) -> np.ndarray:
@@ -144,7 +147,7 @@ class HadamardFactors:
 
 
 @functools.lru_cache
-def _left_factor(order: int, construction: str) -> np.ndarray:
+def _core_factor(order: int, construction: str) -> np.ndarray:
     if construction == "block":
         return np.eye(order, dtype=np.int8)
     matrix = np.ones((1, 1), dtype=np.int8) if order == 1 else paley(order)
@@ -155,17 +158,24 @@ def _left_factor(order: int, construction: str) -> np.ndarray:
 
 @functools.lru_cache
 def hadamard_factors(order: int) -> HadamardFactors:
-    """Factors for any order ≥ 1: the smallest Paley factor that exists, else the block fallback."""
-    power = order & -order
-    odd = order // power
+    """Factors for any order ≥ 1: the smallest Paley core that exists, else the block fallback."""
+    odd = order // (order & -order)
     if odd == 1:
-        return HadamardFactors(order, 1, "sylvester")
-    left = 4 * odd
-    while left <= order:
-        if paley(left) is not None:
-            return HadamardFactors(order, left, "paley")
+        return _split(order, 1, "sylvester")
+    core = 4 * odd
+    while order % core == 0:
+        if paley(core) is not None:
+            return _split(order, core, "paley")
+        core *= 2
+    return _split(order, odd, "block")
+
+
+def _split(order: int, core: int, construction: str) -> HadamardFactors:
+    """Put powers of two on the left while that makes the two factors' sum smaller."""
+    left = core
+    while order % (2 * left) == 0 and 2 * left + order // (2 * left) < left + order // left:
         left *= 2
-    return HadamardFactors(order, odd, "block")
+    return HadamardFactors(order, core, left, construction)
 
 
 def random_hadamard(order: int, seed: int) -> Tensor:
@@ -175,7 +185,7 @@ def random_hadamard(order: int, seed: int) -> Tensor:
 
 
 class HadamardTransform(nn.Module):
-    """``x @ H`` over the last axis [..., order] by its two factors: K + 2^t products an element, not n."""
+    """``x @ H`` over the last axis [..., order] by its two factors: left + right products an element, not n."""
 
     left: Tensor
     right: Tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import onnx
+
 from pq_export.errors import PqExportError
 from pq_export.precision import Precision
 from pq_export.rewrite.qlinear import Form
@@ -15,7 +17,8 @@ class Target:
     """A place where bundles run.
 
     ``choose_form(precision, has_bias)`` returns the form that linears are written in by default, and why.
-    ``forms`` are those that ``--form`` may ask for.
+    ``forms`` are those that ``--form`` may ask for. ``lower(model)`` rewrites a finished model in place into what
+    the target runs best; ``portable(model)`` takes that back, leaving standard operators.
     """
 
     name: str
@@ -23,6 +26,8 @@ class Target:
     executes: str
     forms: tuple[Form, ...]
     choose_form: Callable[[Precision, bool], tuple[Form, str]]
+    lower: Callable[[onnx.ModelProto], None]
+    portable: Callable[[onnx.ModelProto], None]
 
     def form_for(self, precision: Precision, has_bias: bool, asked: str | None) -> tuple[Form, str]:
         """The form to write: the asked one if this target can run it, else the target's own choice."""

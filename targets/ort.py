@@ -12,6 +12,7 @@ from __future__ import annotations
 from pq_export.precision import Precision
 from pq_export.rewrite.qlinear import Form
 from pq_export.targets.base import Target
+from pq_export.targets.ort_kernels import fuse_integer_products, unfuse_integer_products
 
 
 def _choose_form(precision: Precision, has_bias: bool) -> tuple[Form, str]:
@@ -26,4 +27,6 @@ ORT = Target(
     executes="int8 VNNI kernels for every quantized linear; 4-bit codes in 8-bit containers",
     forms=(Form.QDQ, Form.INTEGER),
     choose_form=_choose_form,
+    lower=fuse_integer_products,
+    portable=unfuse_integer_products,
 )

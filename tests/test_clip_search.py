@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,6 +31,7 @@ from pq_export.calibration import SITE_OF_LINEAR, SITES
 from pq_export.decoder import Decoder, DecoderLayer, KVPair
 from pq_export.precision import Precision
 from pq_export.quantizer import code_range, fake_quantize, quantize, scale_from_max
+from tests.conftest import VOCAB
 
 # --- line_search -----------------------------------------------------------------------------------
 
@@ -265,6 +265,63 @@ def test_output_and_error_are_those_of_the_quantized_block(block: Block, precisi
     target, _ = block.layer(block.x, block.rope, block.mask, block.decoder.empty_past(4)[0])
     error = (output - target).square().sum() / (target - block.x).square().sum()
     assert found.error == pytest.approx(error.item(), rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_searched_with_the_inputs_of_their_linear(block: Block, bits: int) -> None:
+    """Inputs taken by hooks from the floating-point layer; the best factor of each channel by trying all."""
+    seen: dict[str, Tensor] = {}
+    layer = copy.deepcopy(block.layer)
+    for name in SITE_OF_LINEAR:
+        layer.get_submodule(name).register_forward_pre_hook(
+            lambda m, a, name=name: seen.update({name: a[0].flatten(0, -2)})
+        )
+    layer(block.x, block.rope, block.mask, block.decoder.empty_past(4)[0])
+    found, _, _ = block.search(Precision(bits, 16, 16))
+    unweighted = []
+    for name in SITE_OF_LINEAR:
+        weight = block.layer.get_submodule(name).weight
+        base = scale_from_max(weight.abs().amax(1), bits)
+        losses = torch.stack([gram_loss(weight, base * f, seen[name], bits) for f in WEIGHT_FACTORS])
+        ours = gram_loss(weight, found.weight[name], seen[name], bits)
+        assert torch.allclose(ours, losses.amin(0), rtol=1e-3), name
+        plain = torch.stack([gram_loss(weight, base * f, torch.eye(weight.shape[1]), bits) for f in WEIGHT_FACTORS])
+        unweighted.append((losses.argmin(0) != plain.argmin(0)).float().mean())
+    if bits == 4:
+        assert max(unweighted) > 0.1  # the inputs do make a difference
+
+
+@torch.no_grad()
+def test_keys_and_values_are_searched_with_the_prefix(block: Block) -> None:
+    """Per head: the factor with the least error of the attention weights, and of the values."""
+    found, _, _ = block.search(Precision(4, 16, 4))
+    attention = block.layer.self_attn
+    q, k, v = attention.qkv(block.layer.input_layernorm(block.x), block.rope)
+    key_losses, value_losses = [], []
+    for factor in KV_FACTORS:
+        scale = {
+            site: (scale_from_max(block.ranges[site], 4) * factor)[:, None, None]
+            for site in ("self_attn.key", "self_attn.value")
+        }
+        weights = []
+        for keys in (k, fake_quantize(k, scale["self_attn.key"], 4)):
+            if attention.prefix_key is not None:
+                keys = torch.cat((attention.prefix_key.expand(4, -1, -1, -1), keys), 2)
+            # Query heads 0 and 1 share KV head 0, 2 and 3 share head 1.
+            scores = torch.einsum("bhsd,bhtd->bhst", q.double(), keys.double().repeat_interleave(2, 1)) / 4.0
+            hidden = torch.ones(20, 20, dtype=torch.bool).triu(1)
+            scores[..., keys.shape[2] - 20 :].masked_fill_(hidden, -torch.inf)
+            weights.append(scores.softmax(-1))
+        error = (weights[1] - weights[0]).square().sum((0, 2, 3))
+        key_losses.append(error.view(2, 2).sum(1))
+        value_losses.append((fake_quantize(v, scale["self_attn.value"], 4) - v).square().sum((0, 2, 3)))
+    for site, losses in (("self_attn.key", key_losses), ("self_attn.value", value_losses)):
+        factors = found.kv[site] / scale_from_max(block.ranges[site], 4)
+        chosen = (factors[:, None] - torch.tensor(KV_FACTORS)).abs().argmin(1)
+        table = torch.stack(losses)
+        ours = table.gather(0, chosen[None])[0]
+        assert torch.allclose(ours, table.amin(0), rtol=1e-3), site
 
 
 def test_more_bits_are_more_exact(block: Block) -> None:

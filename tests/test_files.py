@@ -202,6 +202,14 @@ def test_full_disk_in_a_file_names_it_and_keeps_the_old(tmp_path: Path, monkeypa
     assert tree(tmp_path) == {"layer.json": "new"}
 
 
+def test_a_file_is_never_written_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "layer.json"
+    path.write_bytes(b"old")
+    before = path.stat().st_ino
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_ino != before
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), errors_of(tmp_path):
         _ = 1 // 0

@@ -143,13 +143,14 @@ def test_factors_are_orthonormal_dense(low: int) -> None:
 
 @pytest.mark.parametrize("low", range(257, 1025, 128))
 def test_factors_are_orthonormal_factor_by_factor(low: int) -> None:
-    """(L ⊗ R)(L ⊗ R)ᵀ = LLᵀ ⊗ RRᵀ: it is enough that LLᵀ = c I and RRᵀ = I / c."""
+    """(L ⊗ R)(L ⊗ R)ᵀ = LLᵀ ⊗ RRᵀ: it is enough that LLᵀ = c I in integers and RRᵀ = I / c."""
     for order in range(low, low + 128):
         factors = hadamard_factors(order)
         left, right = factors.left().astype(np.float64), factors.right()
         assert (len(left), len(right)) == (factors.left_order, factors.right_order)
         assert len(left) * len(right) == order
-        c = 1.0 if factors.construction == "block" else float(factors.left_order)
+        c = float(np.square(left[0]).sum())
+        assert set(np.unique(left)) <= ({-1, 0, 1} if factors.construction == "block" else {-1, 1})
         assert np.array_equal(left @ left.T, c * np.eye(len(left))), order
         assert np.abs(c * right @ right.T - np.eye(len(right))).max() < 1e-12, order
 
@@ -161,32 +162,37 @@ def test_factors_are_orthonormal_dense_spot_checks(order: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "left", "right", "construction"),
+    ("order", "core", "left", "right", "construction"),
     [
-        (64, 1, 64, "sylvester"),
-        (576, 36, 16, "paley"),
-        (1536, 12, 128, "paley"),
-        (2880, 180, 16, "paley"),
-        (4864, 76, 64, "paley"),
-        (8960, 140, 64, "paley"),
-        (11008, 344, 32, "paley"),
-        (14336, 28, 512, "paley"),
-        (18944, 148, 128, "paley"),
-        (13696, 107, 128, "block"),
-        (15, 15, 1, "block"),
+        (64, 1, 8, 8, "sylvester"),
+        (576, 36, 36, 16, "paley"),
+        (1536, 12, 48, 32, "paley"),
+        (2880, 180, 180, 16, "paley"),
+        (4864, 76, 76, 64, "paley"),
+        (8960, 140, 140, 64, "paley"),
+        (11008, 344, 344, 32, "paley"),
+        (14336, 28, 112, 128, "paley"),
+        (18944, 148, 148, 128, "paley"),
+        (13696, 107, 107, 128, "block"),
+        (15, 15, 15, 1, "block"),
     ],
 )
-def test_table_of_model_sizes(order: int, left: int, right: int, construction: str) -> None:
+def test_table_of_model_sizes(order: int, core: int, left: int, right: int, construction: str) -> None:
     factors = hadamard_factors(order)
-    assert (factors.left_order, factors.right_order, factors.construction) == (left, right, construction)
+    assert (factors.core, factors.construction) == (core, construction)
+    assert (factors.left_order, factors.right_order) == (left, right)
 
 
-@pytest.mark.parametrize("order", [576, 1536, 2880, 4864, 11008, 13696])
-def test_the_left_factor_is_the_smallest(order: int) -> None:
+@pytest.mark.parametrize("order", [576, 1536, 2880, 4864, 11008, 13696, *range(4, 512, 4)])
+def test_core_is_the_smallest_and_the_split_the_cheapest(order: int) -> None:
     odd = order // (order & -order)
     candidates = [odd * 2**t for t in range(2, 20) if order % (odd * 2**t) == 0]
-    smallest = next((k for k in candidates if paley_should_make(k)), odd)
-    assert hadamard_factors(order).left_order == smallest
+    core = 1 if odd == 1 else next((k for k in candidates if paley_should_make(k)), odd)
+    factors = hadamard_factors(order)
+    assert factors.core == core
+    splits = [core * 2**t for t in range(20) if order % (core * 2**t) == 0]
+    assert factors.left_order + factors.right_order == min(left + order // left for left in splits)
+    assert factors.left_order in splits
 
 
 @pytest.mark.parametrize("order", [1, 2, 15, 16, 24, 36, 96, 144, 344, 576, 856])
@@ -220,3 +226,11 @@ def test_random_hadamard(order: int) -> None:
     assert not torch.equal(q, random_hadamard(order, 4))
     # A signed Hadamard: magnitudes are those of the plain one.
     assert torch.allclose(q.abs(), torch.from_numpy(hadamard_factors(order).matrix().T).abs(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("order", [16, 48, 96])
+def test_random_hadamard_flips_whole_rows(order: int) -> None:
+    """``D Hᵀ``: every row is one of Hᵀ with one sign, and both signs occur."""
+    signs = random_hadamard(order, 3).numpy() * np.sign(hadamard_factors(order).matrix().T) * np.sqrt(order)
+    assert np.allclose(signs, np.round(signs[:, :1]), atol=1e-12)
+    assert set(np.round(signs[:, 0]).tolist()) == {-1.0, 1.0}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, PLANTED_LAYER, PLANTED_TOKEN, VOCAB, byte_tokenizer, word_tokenizer
 
 from pq_export.calib.checkpoint import full_logits, load_checkpoint
 from pq_export.calib.outliers import (
@@ -23,6 +22,7 @@ from pq_export.calib.outliers import (
 from pq_export.calib.rewrites import rewrite
 from pq_export.decoder import Decoder
 from pq_export.errors import PqExportError
+from tests.conftest import BOS, PLANTED_LAYER, PLANTED_TOKEN, VOCAB, byte_tokenizer, word_tokenizer
 
 
 def statistics(mean_counts: list[list[float]], tokens: dict[int, int]) -> OutlierStatistics:

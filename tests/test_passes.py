@@ -13,7 +13,6 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, word_tokenizer
 from onnx import TensorProto, helper, numpy_helper
 
 from pq_export.calib.checkpoint import Checkpoint, load_checkpoint
@@ -49,6 +48,7 @@ from pq_export.rewrite.weights import bind_float_parameters
 from pq_export.runtime import session_options
 from pq_export.simulate import KVQuantizer, insert_online_rotations, simulated_decoder
 from pq_export.stages import Stages
+from tests.conftest import VOCAB, word_tokenizer
 
 Arrays = dict[str, np.ndarray]
 LAYERS, KV_HEADS = 2, 2
@@ -615,7 +615,7 @@ def test_quantize_linears(fresh: Fresh, calibrated: Calibrated) -> None:
         quantize_linears(fp, c)
         fp.graph.cleanup(remove_unused_graph_inputs=False)
         nodes = [n for n in fp.graph.nodes if n.op == OP and n.domain == DOMAIN]
-        assert [n.name for n in nodes] == [f"{name}.output" for name in c.linear_names()]
+        assert [n.name for n in nodes] == c.linear_names()
         weights = {f"{name}.weight" for name in c.linear_names()} | {f"{name}.bias" for name in c.linear_names()}
         assert not [t for t in fp.graph.inputs if t.name in weights and t.outputs]
         assert not [n for n in fp.graph.nodes if n.op == "MatMul" and any(t.name in weights for t in n.inputs)]
@@ -717,7 +717,7 @@ def test_integer_form_is_exact_inside(finished: Finished, which: str, name: str,
         assert len(np.unique(codes)) > 4
     zero = 2 ** (c.precision.activation_bits - 1)
     for node in products:
-        linear = node.name.removesuffix(".output/accumulator")
+        linear = node.name.removesuffix("/accumulator")
         expected = (outputs[node.input[0]].astype(np.int64) - zero) @ c.weight_codes(linear).T.astype(np.int64)
         assert outputs[node.output[0]].dtype == np.int32 and (outputs[node.output[0]] == expected).all(), linear
 
@@ -773,7 +773,7 @@ def test_weight_codes_in_the_file(
         assert len(tensor.raw_data) == expected.size * bits // 8
         assert (numpy_helper.to_array(tensor).astype(np.int8) == expected).all()
         combined = form is Form.INTEGER and c.precision.activation_bits < 16
-        scale = initializer(stored, f"{linear}.output.combined_scale" if combined else f"{linear}.scale")
+        scale = initializer(stored, f"{linear}.combined_scale" if combined else f"{linear}.scale")
         factor = np.float32(c.input_scale(linear) if combined else 1)
         assert (numpy_helper.to_array(scale) == factor * c.tensors[f"{linear}.scale"]).all()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, VOCAB
 from torch import Tensor
 
 from pq_export.calib.checkpoint import check_equal_to_hf, decoder_from_hf, full_logits, load_checkpoint
@@ -19,6 +18,7 @@ from pq_export.decoder import Decoder
 from pq_export.errors import PqExportError
 from pq_export.hadamard import HadamardTransform, hadamard_factors, random_hadamard
 from pq_export.simulate import insert_online_rotations
+from tests.conftest import FAMILIES, VOCAB
 
 IDS = torch.randint(0, VOCAB, (2, 21), generator=torch.Generator().manual_seed(5))
 Loader = Callable[[str], Decoder]
@@ -245,6 +245,21 @@ def test_rewrite(loaded: Loader, family: str, mode: str) -> None:
     attention, mlp = decoder.layers[1].self_attn, decoder.layers[1].mlp
     for module in (attention.q_rotation, attention.k_rotation, mlp.down_rotation):
         assert isinstance(module, HadamardTransform) == (mode == "online")
+
+
+def test_rewrite_without_r3(loaded: Loader) -> None:
+    """For caches that it does not serve: everything else stays."""
+    decoder, full = loaded("llama"), loaded("llama")
+    before = full_logits(decoder, IDS)
+    assert rewrite(decoder, "online", 7, r3=False) == Rotation("online", 7, ("R1", "R2"), ("R4",))
+    rewrite(full, "online", 7)
+    assert close(full_logits(decoder, IDS), before)
+    attention = decoder.layers[1].self_attn
+    assert not isinstance(attention.q_rotation, HadamardTransform) and isinstance(
+        decoder.layers[1].mlp.down_rotation, HadamardTransform
+    )
+    for (name, ours), theirs in zip(decoder.named_parameters(), full.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_rewrite_depends_on_the_seed_alone(loaded: Loader) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PLANTED_TOKEN, VOCAB
 from torch import Tensor
 
 from pq_export.calib.checkpoint import full_logits, load_checkpoint
@@ -18,6 +17,7 @@ from pq_export.decoder import Decoder, KVPair
 from pq_export.hadamard import HadamardTransform
 from pq_export.quantizer import fake_quantize
 from pq_export.simulate import KVQuantizer, QuantLinear, simulated_decoder, tap_codes
+from tests.conftest import PLANTED_TOKEN, VOCAB
 
 Calibrations = Callable[..., Calibration]
 IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
@@ -186,7 +186,7 @@ def test_it_is_the_quantized_checkpoint(calibration: Calibration, checkpoint_dir
     """Built a second time from the checkpoint: rewritten, weights and inputs fake-quantized by hooks."""
     c = calibration
     decoder = load_checkpoint(str(checkpoint_dir("llama"))).decoder
-    rewrite(decoder, c.rotation.mode, c.rotation.seed)
+    rewrite(decoder, c.rotation.mode, c.rotation.seed, r3="R3" in c.rotation.online)
     for name in ("embed_tokens", "lm_head"):
         module = decoder.get_submodule(name)
         module.weight.data = module.weight.half().float()

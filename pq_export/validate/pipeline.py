@@ -28,6 +28,7 @@ from pq_export.errors import IntegrityError, PqExportError
 from pq_export.runtime import OrtDecoder, session_options
 from pq_export.simulate import simulated_decoder
 from pq_export.stages import Stages
+from pq_export.targets import find_target
 from pq_export.validate.codes import compare_blocks, compare_running
 from pq_export.validate.greedy import agreeing, onnx_greedy, torch_greedy
 from pq_export.validate.perplexity import onnx_logits, perplexity, torch_logits
@@ -88,6 +89,8 @@ def validate(
                             where=work.text, cure="Give a longer --text or fewer --windows.")
     head = torch.from_numpy(work.tokens[: work.compare_tokens])[None]
     model = onnx.load(bundle.model_path)
+    portable = onnx.load(bundle.model_path)
+    find_target(bundle.config["target"]).portable(portable)
     simulated = simulated_decoder(calibration)
     bits = {site: calibration.precision.activation_bits for site in calibration.activation_scales}
     bits |= dict.fromkeys(calibration.kv_scales, calibration.precision.kv_bits)
@@ -95,8 +98,8 @@ def validate(
     with stages.stage("compare integers block by block"):
         result["blocks"] = compare_blocks(model, simulated, head, bits)
     with stages.stage("compare fp64 twin"):
-        result["exact"] = _exact(model, calibration, head, bits, work.greedy_steps)
-    del model
+        result["exact"] = _exact(portable, calibration, head, bits, work.greedy_steps)
+    del model, portable
     options = session_options(calibration.precision.weight_bits, work.threads)
     graph = OrtDecoder(bundle.model_path, options)
     with stages.stage("compare free running"):
