@@ -10,6 +10,7 @@ def main() -> None:
     """Entry point: user errors become one line, Ctrl-C says how to go on."""
     # The libraries' own progress bars would write over ours; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from pq_export.cli.app import cli
     from pq_export.errors import PqExportError

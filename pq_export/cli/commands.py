@@ -246,8 +246,9 @@ def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | Non
     weight_bits = int(bundle.config["precision"][1])
     decoder = OrtDecoder(bundle.model_path, session_options(weight_bits, flags["threads"]))
     sampling = Sampling(flags["temperature"], flags["top_p"], flags["seed"])
+    room = bundle.config["max_position_embeddings"] - bundle.config["prefix"]["length"] - len(ids)
     pending: list[int] = []
-    for token in generate(decoder, ids, limit, stop_tokens(bundle, tokenizer), sampling):
+    for token in generate(decoder, ids, min(limit, room), stop_tokens(bundle, tokenizer), sampling):
         pending.append(token)
         piece = tokenizer.decode(pending, skip_special_tokens=True)
         if not piece.endswith("\ufffd"):
