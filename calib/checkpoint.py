@@ -61,11 +61,21 @@ def load_checkpoint(
         config = _read(location, transformers.AutoConfig, "configuration")
         architecture = check_supported(config, location.name)
         tokenizer = _read(location, transformers.AutoTokenizer, "tokenizer")
-        hf, loading = _read(location, transformers.AutoModelForCausalLM, "weights", dtype=torch.float32, config=config,
-                            output_loading_info=True, **({} if location.gguf else {"use_safetensors": True}))
+        hf, loading = _read(
+            location,
+            transformers.AutoModelForCausalLM,
+            "weights",
+            dtype=torch.float32,
+            config=config,
+            output_loading_info=True,
+            **({} if location.gguf else {"use_safetensors": True}),
+        )
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
-            raise PqExportError(f"tensor {missing[0]} is missing from the weights", where=location.name,
-                                cure="Download the model again.")
+            raise PqExportError(
+                f"tensor {missing[0]} is missing from the weights",
+                where=location.name,
+                cure="Download the model again.",
+            )
         generation_config = hf.generation_config
         if num_layers is not None:
             _truncate(hf, num_layers)
@@ -105,18 +115,26 @@ def locate(model: str, trust_remote_code: bool) -> Location:
     common = {"trust_remote_code": trust_remote_code}
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise PqExportError("is a file but not a .gguf", where=path,
-                                cure="Give a .gguf file, a Hugging Face model directory, or a hub id.")
+            raise PqExportError(
+                "is a file but not a .gguf",
+                where=path,
+                cure="Give a .gguf file, a Hugging Face model directory, or a hub id.",
+            )
         _check_gguf(path)
         arguments = {"pretrained_model_name_or_path": str(path.parent or "."), "gguf_file": path.name, **common}
         return Location(path.name, "gguf", arguments, gguf=path)
     if path.is_dir():
         _check_directory(path)
-        return Location(path.resolve().name, "safetensors", {"pretrained_model_name_or_path": str(path), **common}, path)
+        return Location(
+            path.resolve().name, "safetensors", {"pretrained_model_name_or_path": str(path), **common}, path
+        )
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf")
     if looks_like_path or not model or any(c.isspace() for c in model):
-        raise PqExportError("no such file or directory", where=model or "MODEL",
-                            cure="Give a .gguf file, a Hugging Face model directory, or a hub id such as org/name.")
+        raise PqExportError(
+            "no such file or directory",
+            where=model or "MODEL",
+            cure="Give a .gguf file, a Hugging Face model directory, or a hub id such as org/name.",
+        )
     return Location(model, "hub", {"pretrained_model_name_or_path": model, **common}, _download(model))
 
 
@@ -127,17 +145,29 @@ def _download(repository: str) -> Path:
 
     try:
         with _quiet_transformers():
-            folder = Path(huggingface_hub.snapshot_download(
-                repository, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repository, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+                )
+            )
     except HFValidationError:
-        raise PqExportError("no such path, and not a valid hub id", where=repository,
-                            cure="Give a .gguf file, a Hugging Face model directory, or a hub id such as org/name.") from None
+        raise PqExportError(
+            "no such path, and not a valid hub id",
+            where=repository,
+            cure="Give a .gguf file, a Hugging Face model directory, or a hub id such as org/name.",
+        ) from None
     except (LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None:
-            raise PqExportError(f"the hub answered {error.response.status_code}", where=repository,
-                                cure="Check the id, and your HF_TOKEN if the model is gated.") from None
-        raise PqExportError("no such path here, and the hub cannot be reached to look for it", where=repository,
-                            cure="Check the spelling, the network, or download the model and give its directory.") from None
+            raise PqExportError(
+                f"the hub answered {error.response.status_code}",
+                where=repository,
+                cure="Check the id, and your HF_TOKEN if the model is gated.",
+            ) from None
+        raise PqExportError(
+            "no such path here, and the hub cannot be reached to look for it",
+            where=repository,
+            cure="Check the spelling, the network, or download the model and give its directory.",
+        ) from None
     _check_directory(folder)
     return folder
 
@@ -152,8 +182,10 @@ def _check_directory(path: Path) -> None:
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if not weights and pickles:
         raise PqExportError(
-            f"holds only pickled weights ({pickles[0]}), which can run code when opened and are refused", where=path,
-            cure="Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR).")
+            f"holds only pickled weights ({pickles[0]}), which can run code when opened and are refused",
+            where=path,
+            cure="Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR).",
+        )
     if not weights:
         raise PqExportError("holds no *.safetensors weights", where=path, cure="Download the model completely.")
     index = path / "model.safetensors.index.json"
@@ -161,7 +193,9 @@ def _check_directory(path: Path) -> None:
         try:
             needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
-            raise PqExportError(f"is not a valid weight index ({error})", where=index, cure="Download it again.") from None
+            raise PqExportError(
+                f"is not a valid weight index ({error})", where=index, cure="Download it again."
+            ) from None
         if missing := sorted(needed - {w.name for w in weights}):
             raise PqExportError(f"lacks {missing[0]}, which its index names", where=path, cure="Download it again.")
     for weight in weights:
@@ -186,8 +220,9 @@ def _check_gguf(path: Path) -> None:
         reader = gguf.GGUFReader(str(path))
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
     except Exception as error:  # the reader raises whatever its parsing hits: IndexError, ValueError, struct.error
-        raise PqExportError(f"is truncated or corrupt ({error or type(error).__name__})", where=path,
-                            cure="Download it again.") from None
+        raise PqExportError(
+            f"is truncated or corrupt ({error or type(error).__name__})", where=path, cure="Download it again."
+        ) from None
     if end == 0 or end > path.stat().st_size:
         raise PqExportError("is truncated: it ends before its last tensor", where=path, cure="Download it again.")
 
@@ -251,18 +286,25 @@ def check_supported(config: Any, name: str) -> str:
         architectures = [supported_types[config.model_type]]
     found = architectures[0] if architectures else f"model_type '{config.model_type}'"
     if found not in SUPPORTED:
-        raise PqExportError(f"architecture {found} is not supported", where=name,
-                            cure=f"Supported: {', '.join(SUPPORTED)}.")
+        raise PqExportError(
+            f"architecture {found} is not supported", where=name, cure=f"Supported: {', '.join(SUPPORTED)}."
+        )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise PqExportError(f"activation '{config.hidden_act}' is not supported", where=name, cure="Supported: silu.")
     rope = _rope(config)
     if rope["rope_type"] not in STATIC_ROPE:
-        raise PqExportError(f"RoPE scaling '{rope['rope_type']}' changes with the sequence and cannot be static",
-                            where=name, cure=f"Supported: {', '.join(STATIC_ROPE)}.")
+        raise PqExportError(
+            f"RoPE scaling '{rope['rope_type']}' changes with the sequence and cannot be static",
+            where=name,
+            cure=f"Supported: {', '.join(STATIC_ROPE)}.",
+        )
     windows = getattr(config, "layer_types", None) or []
     if "sliding_attention" in windows or (config.model_type == "mistral" and getattr(config, "sliding_window", None)):
-        raise PqExportError("sliding-window attention is not supported: the prefix would leave the window", where=name,
-                            cure="Set sliding_window to null in config.json if the context fits in one window.")
+        raise PqExportError(
+            "sliding-window attention is not supported: the prefix would leave the window",
+            where=name,
+            cure="Set sliding_window to null in config.json if the context fits in one window.",
+        )
     return found
 
 
@@ -302,7 +344,7 @@ def decoder_config(config: Any) -> DecoderConfig:
     )
 
 
-def decoder_from_hf(hf: nn.Module) -> Decoder:
+def decoder_from_hf(hf: Any) -> Decoder:
     """Our decoder over the tensors of a transformers model. A tied lm_head gets a tensor of its own.
 
     Untying comes before everything: fusing the final norm into a tied lm_head would scale the embedding
@@ -318,13 +360,16 @@ def decoder_from_hf(hf: nn.Module) -> Decoder:
     state["lm_head.weight"] = head.clone() if head.data_ptr() == embedding.data_ptr() else head
     wanted = {name for name, _ in decoder.named_parameters()}
     if difference := sorted(wanted ^ {n for n in state if not n.endswith("inv_freq")}):
-        raise PqExportError(f"tensor {difference[0]} is {'missing' if difference[0] in wanted else 'unexpected'}",
-                            where=hf.config.model_type, cure="The checkpoint does not fit its config.json.")
+        raise PqExportError(
+            f"tensor {difference[0]} is {'missing' if difference[0] in wanted else 'unexpected'}",
+            where=hf.config.model_type,
+            cure="The checkpoint does not fit its config.json.",
+        )
     decoder.load_state_dict(state, assign=True, strict=False)
     return decoder.eval().requires_grad_(False)
 
 
-def _truncate(hf: nn.Module, num_layers: int) -> None:
+def _truncate(hf: Any, num_layers: int) -> None:
     total = hf.config.num_hidden_layers
     if not 1 <= num_layers <= total:
         raise UsageError(f"--num-layers {num_layers} is not between 1 and {total}")
@@ -349,8 +394,11 @@ def check_equal_to_hf(decoder: Decoder, hf: nn.Module, name: str) -> None:
     ours, theirs = full_logits(decoder, ids), hf(input_ids=ids).logits.float()
     error, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not error <= HF_LOGITS_TOLERANCE * size:
-        raise PqExportError(f"our decoder's logits differ from transformers' by {error:.3g} (largest logit {size:.3g})",
-                            where=name, cure="This checkpoint uses something its config does not say; please report it.")
+        raise PqExportError(
+            f"our decoder's logits differ from transformers' by {error:.3g} (largest logit {size:.3g})",
+            where=name,
+            cure="This checkpoint uses something its config does not say; please report it.",
+        )
 
 
 def probe_ids(vocab_size: int, length: int = 24) -> torch.Tensor:

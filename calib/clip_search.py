@@ -72,8 +72,10 @@ class StagedBlock:
         if attention.prefix_key is None or attention.prefix_value is None:
             return k, v
         n = len(k)
-        return (torch.cat((attention.prefix_key.expand(n, -1, -1, -1), k), 2),
-                torch.cat((attention.prefix_value.expand(n, -1, -1, -1), v), 2))
+        return (
+            torch.cat((attention.prefix_key.expand(n, -1, -1, -1), k), 2),
+            torch.cat((attention.prefix_value.expand(n, -1, -1, -1), v), 2),
+        )
 
     def context(self, x: Tensor) -> Tensor:
         """Attention output before o_proj."""
@@ -141,7 +143,9 @@ def apply_layer(layer: DecoderLayer, found: LayerScales, precision: Precision) -
 
 
 @torch.no_grad()
-def run_layer(layer: DecoderLayer, x: Tensor, rope: KVPair, mask: Tensor, found: LayerScales, precision: Precision) -> Tensor:
+def run_layer(
+    layer: DecoderLayer, x: Tensor, rope: KVPair, mask: Tensor, found: LayerScales, precision: Precision
+) -> Tensor:
     """Output of an already quantized block on ``x``."""
     block = StagedBlock(layer, rope, mask, precision.activation_bits)
     block.scales.update(found.activation)
@@ -159,7 +163,9 @@ def _set_kv_quantizers(layer: DecoderLayer, found: LayerScales, precision: Preci
         setattr(layer.self_attn, f"{site.rpartition('.')[2]}_quantizer", quantizer)
 
 
-def _search_kv(block: StagedBlock, x: Tensor, ranges: dict[str, Tensor], precision: Precision, found: LayerScales) -> None:
+def _search_kv(
+    block: StagedBlock, x: Tensor, ranges: dict[str, Tensor], precision: Precision, found: LayerScales
+) -> None:
     attention = block.layer.self_attn
     q, k, v = attention.qkv(block.layer.input_layernorm(x), block.rope)
     keys, _ = block.with_prefix(k, v)

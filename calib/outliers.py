@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pq_export.calibration import OUTLIER_RATIO
 from pq_export.decoder import Decoder, KVPair
 from pq_export.errors import PqExportError
 
-OUTLIER_RATIO = 64.0  # η of the paper
 RARE_SHARE = 0.1  # a single candidate seen in fewer samples than this is noise (reference implementation)
 
 
@@ -65,8 +65,9 @@ class OutlierObserver:
 
     def __enter__(self) -> OutlierObserver:
         for index, layer in enumerate(self._decoder.layers):
-            self._handles.append(layer.mlp.down_rotation.register_forward_pre_hook(
-                lambda module, args, i=index: self._see(i, args[0])))
+            self._handles.append(
+                layer.mlp.down_rotation.register_forward_pre_hook(lambda module, args, i=index: self._see(i, args[0]))
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -167,7 +168,10 @@ def compute_prefix_kv(decoder: Decoder, token_ids: tuple[int, ...]) -> list[KVPa
         hidden, (key, value) = layer(hidden, rope, mask, past)
         pair = (key.half(), value.half())
         if not all(torch.isfinite(t).all() for t in pair):
-            raise PqExportError("its key or value does not fit in FP16", where=f"prefix KV of layer {index}",
-                                cure="Choose other tokens with --prefix TEXT, or --prefix none.")
+            raise PqExportError(
+                "its key or value does not fit in FP16",
+                where=f"prefix KV of layer {index}",
+                cure="Choose other tokens with --prefix TEXT, or --prefix none.",
+            )
         pairs.append((pair[0].float(), pair[1].float()))
     return pairs

@@ -58,8 +58,11 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
     """
     limit = checkpoint.decoder.config.max_position_embeddings
     if plan.seq_len > limit:
-        raise PqExportError(f"--seq-len {plan.seq_len} is longer than the model's context of {limit}",
-                            where=checkpoint.source.name, cure=f"Use --seq-len {limit} or less.")
+        raise PqExportError(
+            f"--seq-len {plan.seq_len} is longer than the model's context of {limit}",
+            where=checkpoint.source.name,
+            cure=f"Use --seq-len {limit} or less.",
+        )
     tokens = tokenize(checkpoint.tokenizer, read_text(plan.calib_data))
     crops = random_crops(tokens, plan.calib_samples, plan.seq_len, plan.seed, plan.calib_data)
     work = WorkDirectory(output, plan.fingerprint(checkpoint.source.sha256))
@@ -89,8 +92,11 @@ def _find_prefix(run: _Run, crops: Tensor) -> tuple[tuple[int, ...], dict[str, A
         token_ids = tuple(kept["token_ids"])
         limit = run.decoder.config.max_position_embeddings
         if len(token_ids) + run.plan.seq_len > limit:
-            raise PqExportError(f"prefix of {len(token_ids)} tokens and --seq-len {run.plan.seq_len} exceed the "
-                                f"model's context of {limit}", cure="Use a smaller --seq-len.")
+            raise PqExportError(
+                f"prefix of {len(token_ids)} tokens and --seq-len {run.plan.seq_len} exceed the "
+                f"model's context of {limit}",
+                cure="Use a smaller --seq-len.",
+            )
         run.decoder.set_prefix(compute_prefix_kv(run.decoder, token_ids) if token_ids else None)
     return token_ids, kept["statistics"]
 
@@ -103,7 +109,9 @@ def _prefix_ids(run: _Run, statistics: Any) -> tuple[int, ...]:
         return choose_prefix(statistics, prefix_bos(tokenizer))
     ids = tuple(tokenizer(prefix, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise PqExportError(f"--prefix {prefix!r} has no tokens in this vocabulary", cure="Use auto, none or other text.")
+        raise PqExportError(
+            f"--prefix {prefix!r} has no tokens in this vocabulary", cure="Use auto, none or other text."
+        )
     return ids
 
 
@@ -167,6 +175,7 @@ def _assemble(
         for index, layer in enumerate(decoder.layers):
             pair = (layer.self_attn.prefix_key, layer.self_attn.prefix_value)
             for which, tensor in zip(("key", "value"), pair, strict=True):
+                assert tensor is not None
                 tensors[f"layers.{index}.prefix.{which}"] = tensor[0].half().cpu().numpy()
     for statistics in outliers.values():
         if example := statistics["example"]:

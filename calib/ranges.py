@@ -44,8 +44,9 @@ def collect_ranges(
             "self_attn.value": (attention.value_quantizer, (0, 2, 3)),
         }
         for site, (module, axes) in sites.items():
-            handles.append(module.register_forward_pre_hook(
-                lambda m, args, n=f"layers.{index}.{site}", a=axes: see(n, args[0], a)))
+            handles.append(
+                module.register_forward_pre_hook(lambda m, args, n=f"layers.{index}.{site}", a=axes: see(n, args[0], a))
+            )
     try:
         with OutlierObserver(decoder) as observer:
             for start in range(0, len(crops), batch):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pq_export.calib.checkpoint import full_logits, probe_ids
 from pq_export.calibration import Rotation
-from pq_export.decoder import Decoder
+from pq_export.decoder import Decoder, RMSNorm
 from pq_export.errors import PqExportError
 from pq_export.hadamard import hadamard_factors, random_hadamard
 from pq_export.simulate import insert_online_rotations
@@ -48,24 +48,28 @@ def rewrite(
         step()
         assert_unchanged(full_logits(decoder, ids), reference, name)
     done = [name for name, _ in steps]
-    return Rotation(rotate, seed, tuple(n for n in done if n in ("R1", "R2")), tuple(n for n in done if n in ("R3", "R4")))
+    return Rotation(
+        rotate, seed, tuple(n for n in done if n in ("R1", "R2")), tuple(n for n in done if n in ("R3", "R4"))
+    )
 
 
 def assert_unchanged(logits: Tensor, reference: Tensor, step: str) -> None:
     """Raise if ``logits`` differ from ``reference`` by more than round-off."""
     error, size = (logits - reference).abs().max().item(), reference.abs().max().item()
     if not error <= LOGITS_TOLERANCE * size:
-        raise PqExportError(f"rewrite '{step}' changed the floating-point logits by {error:.3g} "
-                            f"(largest logit {size:.3g}): this is a defect, please report it")
+        raise PqExportError(
+            f"rewrite '{step}' changed the floating-point logits by {error:.3g} "
+            f"(largest logit {size:.3g}): this is a defect, please report it"
+        )
 
 
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
+def _set(parameter: Tensor, value: Tensor) -> None:
     parameter.data = value.to(parameter.dtype)
 
 
-def _consumers(decoder: Decoder) -> list[tuple[nn.Module, list[nn.Linear]]]:
+def _consumers(decoder: Decoder) -> list[tuple[RMSNorm, list[nn.Linear]]]:
     """Every RMSNorm of the residual stream with the linears that read it."""
-    groups: list[tuple[nn.Module, list[nn.Linear]]] = [(decoder.norm, [decoder.lm_head])]
+    groups: list[tuple[RMSNorm, list[nn.Linear]]] = [(decoder.norm, [decoder.lm_head])]
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         groups.append((layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]))

@@ -47,25 +47,34 @@ def read_text(source: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise PqExportError(f"is not UTF-8 (byte {error.start})", where=path, cure="Convert it to UTF-8 text.") from None
+        raise PqExportError(
+            f"is not UTF-8 (byte {error.start})", where=path, cure="Convert it to UTF-8 text."
+        ) from None
     except OSError as error:
-        raise PqExportError(f"cannot be read: {error.strerror}", where=path,
-                            cure=f"Give a text file or one of builtin, {', '.join(HUB_DATASETS)}.") from None
+        raise PqExportError(
+            f"cannot be read: {error.strerror}",
+            where=path,
+            cure=f"Give a text file or one of builtin, {', '.join(HUB_DATASETS)}.",
+        ) from None
 
 
 def _hub_text(name: str) -> str:
     try:
-        import datasets  # type: ignore[import-not-found]
+        import datasets
     except ImportError:
-        raise PqExportError(f"--calib-data {name} needs the package 'datasets'",
-                            cure="pip install 'pq-export[data]', or give a text file.") from None
+        raise PqExportError(
+            f"--calib-data {name} needs the package 'datasets'",
+            cure="pip install 'pq-export[data]', or give a text file.",
+        ) from None
     path, subset, split, column = HUB_DATASETS[name]
     try:
         stream = datasets.load_dataset(path, subset, split=split, streaming=True)
         return "\n\n".join(row[column] for _, row in zip(range(HUB_DOCUMENTS), stream, strict=False))
     except Exception as error:  # the library raises its own, fsspec's and requests' kinds
-        raise PqExportError(f"--calib-data {name} could not be fetched ({type(error).__name__})",
-                            cure="Check the network, or give a text file.") from None
+        raise PqExportError(
+            f"--calib-data {name} could not be fetched ({type(error).__name__})",
+            cure="Check the network, or give a text file.",
+        ) from None
 
 
 def tokenize(tokenizer: Any, text: str) -> np.ndarray:
@@ -80,8 +89,11 @@ def random_crops(tokens: np.ndarray, count: int, length: int, seed: int, where: 
     Nothing is put in front: position 0 of a crop is an arbitrary token (PrefixQuant, section 4).
     """
     if len(tokens) < 2 * length:
-        raise PqExportError(f"has {len(tokens)} tokens, too few for crops of {length}", where=where,
-                            cure="Give a longer text or a smaller --seq-len.")
+        raise PqExportError(
+            f"has {len(tokens)} tokens, too few for crops of {length}",
+            where=where,
+            cure="Give a longer text or a smaller --seq-len.",
+        )
     rng = np.random.default_rng(seed)
     slots = len(tokens) // length
     if slots >= count:

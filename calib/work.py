@@ -45,7 +45,7 @@ class WorkDirectory:
 
     def load(self, name: str) -> dict[str, Any] | None:
         """A stage's result, or None if it has not finished."""
-        return self._read_json(name)  # type: ignore[no-any-return]
+        return self._read_json(name)
 
     def save(self, name: str, result: dict[str, Any]) -> None:
         self._write_json(name, result)

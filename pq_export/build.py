@@ -33,10 +33,19 @@ def build(
     with stages.stage("rewrite graph"):
         model = quantized_model(fp, calibration, chosen, stages.progress.note)
         if findings := lint(model):
-            raise PqExportError(f"the graph is not static: {findings[0]} ({len(findings)} findings): "
-                                "this is a defect, please report it")
+            raise PqExportError(
+                f"the graph is not static: {findings[0]} ({len(findings)} findings): this is a defect, please report it"
+            )
         target.lower(model)
     with stages.stage("write bundle"), new_directory(output) as directory:
-        write_bundle(directory, model, calibration, calibration_directory, target=target.name, form=chosen.value,
-                     form_reason=reason, external_data=external_data)
+        write_bundle(
+            directory,
+            model,
+            calibration,
+            calibration_directory,
+            target=target.name,
+            form=chosen.value,
+            form_reason=reason,
+            external_data=external_data,
+        )
     return open_bundle(output, verify_hashes=False)

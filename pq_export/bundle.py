@@ -77,8 +77,12 @@ def write_bundle(
         "precision": str(calibration.precision),
         "source": asdict(calibration.source),
         "rotation": asdict(calibration.rotation),
-        "prefix": {"token_ids": calibration.prefix.token_ids, "tokens": calibration.prefix.tokens,
-                   "length": len(calibration.prefix.token_ids), "key": calibration.prefix.key},
+        "prefix": {
+            "token_ids": calibration.prefix.token_ids,
+            "tokens": calibration.prefix.tokens,
+            "length": len(calibration.prefix.token_ids),
+            "key": calibration.prefix.key,
+        },
         "bos_token_id": calibration.bos_token_id,
         "max_position_embeddings": calibration.decoder.max_position_embeddings,
         "num_layers": calibration.decoder.num_layers,
@@ -97,8 +101,14 @@ def save_model(model: onnx.ModelProto, path: Path, external_data: bool | None) -
     size = sum(len(t.raw_data) for t in model.graph.initializer)
     outside = size > EXTERNAL_DATA_ABOVE if external_data is None else external_data
     if outside:
-        onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=DATA_NAME,
-                  size_threshold=EXTERNAL_TENSOR_ABOVE)
+        onnx.save(
+            model,
+            path,
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=DATA_NAME,
+            size_threshold=EXTERNAL_TENSOR_ABOVE,
+        )
     else:
         onnx.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
@@ -109,8 +119,12 @@ def kv_cache_facts(calibration: Calibration) -> dict[str, Any]:
     d, bits = calibration.decoder, calibration.precision.kv_bits
     values = 2 * d.num_layers * d.num_kv_heads * d.head_dim
     container = "float32" if bits == 16 else "uint8"
-    return {"bits": bits, "container": container, "bytes_per_token": values * (4 if bits == 16 else 1),
-            "fp16_bytes_per_token": values * 2}
+    return {
+        "bits": bits,
+        "container": container,
+        "bytes_per_token": values * (4 if bits == 16 else 1),
+        "fp16_bytes_per_token": values * 2,
+    }
 
 
 def scales_summary(calibration: Calibration) -> dict[str, dict[str, float]]:
@@ -143,8 +157,15 @@ def size_by_part(model: onnx.ModelProto) -> list[dict[str, Any]]:
             part = "rotary tables" if name.startswith("rotary.") else "other"
         parts[part] = parts.get(part, 0) + size
     return [
-        {"part": part, "bytes": size, **({"parameters": parameters, "bytes_per_parameter": size / parameters}
-                                         if part == "quantized linears" and parameters else {})}
+        {
+            "part": part,
+            "bytes": size,
+            **(
+                {"parameters": parameters, "bytes_per_parameter": size / parameters}
+                if part == "quantized linears" and parameters
+                else {}
+            ),
+        }
         for part, size in parts.items()
     ]
 
@@ -180,15 +201,21 @@ def open_bundle(directory: Path, verify_hashes: bool = True) -> Bundle:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise IntegrityError("is not a bundle: it has no pq_config.json", where=directory,
-                             cure="Give the directory that 'pq-export ... -o' wrote.") from None
+        raise IntegrityError(
+            "is not a bundle: it has no pq_config.json",
+            where=directory,
+            cure="Give the directory that 'pq-export ... -o' wrote.",
+        ) from None
     except (OSError, ValueError) as error:
         raise IntegrityError(f"cannot be read: {error}", where=path, cure="Build the bundle again.") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise IntegrityError("is not a pq-export bundle", where=path)
     if not isinstance(config.get("schema_version"), int) or config["schema_version"] > SCHEMA_VERSION:
-        raise IntegrityError(f"has schema version {config.get('schema_version')}; this pq-export reads up to "
-                             f"{SCHEMA_VERSION}", where=path, cure="Upgrade pq-export or build again.")
+        raise IntegrityError(
+            f"has schema version {config.get('schema_version')}; this pq-export reads up to {SCHEMA_VERSION}",
+            where=path,
+            cure="Upgrade pq-export or build again.",
+        )
     if not isinstance(config.get("files"), dict) or MODEL_NAME not in config["files"]:
         raise IntegrityError("does not list its files", where=path, cure="Build the bundle again.")
     for name, record in config["files"].items():
@@ -204,8 +231,9 @@ def _check_file(directory: Path, name: str, record: dict[str, Any], verify_hashe
     if not file.is_file():
         raise IntegrityError("is missing from the bundle", where=file, cure="Copy or build the bundle again.")
     if file.stat().st_size != record["bytes"] or (verify_hashes and file_record(file) != record):
-        raise IntegrityError("was altered: it does not match pq_config.json", where=file,
-                             cure="Copy or build the bundle again.")
+        raise IntegrityError(
+            "was altered: it does not match pq_config.json", where=file, cure="Copy or build the bundle again."
+        )
 
 
 def _check_external_data(directory: Path, listed: set[str]) -> None:
@@ -216,8 +244,11 @@ def _check_external_data(directory: Path, listed: set[str]) -> None:
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location" and (not _inside(entry.value) or entry.value not in listed):
-                raise IntegrityError(f"initializer {tensor.name} points to external data '{entry.value}', which is "
-                                     "not a file of this bundle", where=directory / MODEL_NAME)
+                raise IntegrityError(
+                    f"initializer {tensor.name} points to external data '{entry.value}', which is "
+                    "not a file of this bundle",
+                    where=directory / MODEL_NAME,
+                )
 
 
 def _inside(name: str) -> bool:

@@ -39,6 +39,8 @@ from pq_export.errors import IntegrityError
 from pq_export.precision import Precision
 from pq_export.quantizer import code_range, pack_int4, unpack_int4
 
+OUTLIER_RATIO = 64.0  # a token is an outlier above this max/median ratio (PrefixQuant, η)
+
 FORMAT = "pq-export/calibration"
 SCHEMA_VERSION = 1
 JSON_NAME, TENSORS_NAME, ASSETS_NAME = "calibration.json", "calibration.safetensors", "tokenizer"
@@ -158,7 +160,9 @@ class Calibration:
         return [(self.tensors[f"{n}.key"], self.tensors[f"{n}.value"]) for n in names]
 
 
-def prefix_key(tensors: dict[str, np.ndarray], token_ids: tuple[int, ...], rotation: Rotation, decoder: DecoderConfig) -> str:
+def prefix_key(
+    tensors: dict[str, np.ndarray], token_ids: tuple[int, ...], rotation: Rotation, decoder: DecoderConfig
+) -> str:
     """Hash of what a prefix KV depends on: weights, rotation, RoPE and the tokens themselves."""
     digest = hashlib.sha256()
     facts = [list(token_ids), asdict(rotation), list(decoder.inv_freq), decoder.rope_scaling]
@@ -201,16 +205,22 @@ def read_calibration_json(directory: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise IntegrityError("is not a calibration: it has no calibration.json", where=directory,
-                             cure="Give the directory that 'pq-export calibrate -o' wrote.") from None
+        raise IntegrityError(
+            "is not a calibration: it has no calibration.json",
+            where=directory,
+            cure="Give the directory that 'pq-export calibrate -o' wrote.",
+        ) from None
     except (OSError, ValueError) as error:
         raise IntegrityError(f"cannot be read: {error}", where=path, cure="Calibrate again.") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise IntegrityError("is not a pq-export calibration", where=path)
     version = document.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise IntegrityError(f"has schema version {version}; this pq-export reads up to {SCHEMA_VERSION}",
-                             where=path, cure="Upgrade pq-export or calibrate again.")
+        raise IntegrityError(
+            f"has schema version {version}; this pq-export reads up to {SCHEMA_VERSION}",
+            where=path,
+            cure="Upgrade pq-export or calibrate again.",
+        )
     return document
 
 
@@ -223,13 +233,17 @@ def load_calibration(directory: Path) -> Calibration:
     except OSError as error:
         raise IntegrityError(f"cannot be read: {error.strerror}", where=path, cure="Calibrate again.") from None
     if hashlib.sha256(payload).hexdigest() != document["tensors_sha256"]:
-        raise IntegrityError("does not match the hash in calibration.json: it was altered or truncated",
-                             where=path, cure="Calibrate again.")
+        raise IntegrityError(
+            "does not match the hash in calibration.json: it was altered or truncated",
+            where=path,
+            cure="Calibrate again.",
+        )
     try:
         calibration = _from_document(document, safetensors.numpy.load(payload))
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise IntegrityError(f"is incomplete or malformed ({type(error).__name__}: {error})", where=directory,
-                             cure="Calibrate again.") from None
+        raise IntegrityError(
+            f"is incomplete or malformed ({type(error).__name__}: {error})", where=directory, cure="Calibrate again."
+        ) from None
     _check(calibration, directory)
     return calibration
 
@@ -268,5 +282,6 @@ def _check(calibration: Calibration, where: Path) -> None:
         raise IntegrityError("has an activation or KV scale that is not positive and finite", where=where)
     expected = prefix_key(calibration.tensors, calibration.prefix.token_ids, calibration.rotation, calibration.decoder)
     if calibration.prefix.key != expected:
-        raise IntegrityError("has a prefix KV that belongs to other weights, rotation or RoPE", where=where,
-                             cure="Calibrate again.")
+        raise IntegrityError(
+            "has a prefix KV that belongs to other weights, rotation or RoPE", where=where, cure="Calibrate again."
+        )

@@ -19,8 +19,9 @@ Shapes in comments: ``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -235,13 +236,17 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The whole model. Parameter names are Hugging Face's without the leading ``model.``."""
 
+    # nn.ModuleList is not generic: typed as one, its items would be bare Modules.
+    layers: Sequence[DecoderLayer]
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryTable(config)
         self.causal_mask = CausalMask(config)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = cast("Sequence[DecoderLayer]", layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -252,7 +257,8 @@ class Decoder(nn.Module):
 
     def set_prefix(self, prefix: list[KVPair] | None) -> None:
         """Put a KV pair [1, G, p, D] in front of every layer's keys, or take it away with ``None``."""
-        for layer, pair in zip(self.layers, prefix or [(None, None)] * len(self.layers), strict=True):
+        pairs: Sequence[KVPair | tuple[None, None]] = prefix or [(None, None)] * len(self.layers)
+        for layer, pair in zip(self.layers, pairs, strict=True):
             layer.self_attn.prefix_key, layer.self_attn.prefix_value = pair
 
     def empty_past(self, batch: int) -> list[KVPair]:

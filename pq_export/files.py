@@ -78,4 +78,6 @@ def errors_of(path: Path) -> Iterator[None]:
             errno.EACCES: "Give an -o that you may write.",
             errno.EROFS: "Give an -o that you may write.",
         }
-        raise PqExportError(f"cannot be written: {error.strerror}", where=path, cure=cures.get(error.errno, "")) from None
+        raise PqExportError(
+            f"cannot be written: {error.strerror}", where=path, cure=cures.get(error.errno, "")
+        ) from None

@@ -12,10 +12,9 @@ from pq_export.errors import PqExportError, UsageError
 from pq_export.precision import Precision
 
 
-
 def default_rotate(precision: Precision) -> str:
-    """Online Hadamards for quantized activations; none for weight-only, where rotation costs accuracy."""
-    return "none" if precision.activation_bits == 16 else "online"
+    """Online Hadamards where activations are quantized; weight-only gains nothing from them (README)."""
+    return "offline" if precision.activation_bits == 16 else "online"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-RECIPE_KEYS = tuple(f.name for f in fields(Plan) if f.name != "num_layers") + ("kv",)
+RECIPE_KEYS = (*(f.name for f in fields(Plan) if f.name != "num_layers"), "kv")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

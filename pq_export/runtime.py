@@ -59,11 +59,15 @@ class OrtDecoder:
     def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None):
         source = str(model) if isinstance(model, Path) else model
         try:
-            self.session = ort.InferenceSession(source, options or session_options(), providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(
+                source, options or session_options(), providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime's exceptions share no base class
             where = model if isinstance(model, Path) else "the model"
             message = " ".join(str(error).split())[:300]
-            raise PqExportError(f"onnxruntime cannot load it ({message})", where=where, cure="Build it again.") from None
+            raise PqExportError(
+                f"onnxruntime cannot load it ({message})", where=where, cure="Build it again."
+            ) from None
         self._cache_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self._present = [i.name.replace("past_key_values", "present") for i in self._cache_inputs]
         self.steps_logits = any(i.name == NUM_LOGITS for i in self.session.get_overridable_initializers())
@@ -77,8 +81,14 @@ class OrtDecoder:
         return State(past, np.zeros((batch, 0), np.int64))
 
     def step(
-        self, input_ids: np.ndarray, state: State, *, last_only: bool = False, mask: np.ndarray | None = None,
-        extra: list[str] | None = None, feeds: dict[str, np.ndarray] | None = None,
+        self,
+        input_ids: np.ndarray,
+        state: State,
+        *,
+        last_only: bool = False,
+        mask: np.ndarray | None = None,
+        extra: list[str] | None = None,
+        feeds: dict[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, State, list[np.ndarray]]:
         """Run ``input_ids`` [B, S] after ``state``.
 
@@ -88,8 +98,13 @@ class OrtDecoder:
         new_mask = np.ones_like(input_ids) if mask is None else mask
         attention_mask = np.concatenate([state.attention_mask, new_mask], axis=1)
         positions = np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1] :]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions,
-                  **state.past, **(feeds or {})}
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+            **state.past,
+            **(feeds or {}),
+        }
         if last_only and self.steps_logits:
             inputs[NUM_LOGITS] = np.ones(1, np.int64)
         outputs = self.session.run(["logits", *self._present, *(extra or [])], inputs)

@@ -8,7 +8,9 @@ widens everything else to fp64, quantizers keep rounding in fp32: the reference 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,11 +49,13 @@ class QuantLinear(nn.Module):
 
     def codes_of(self, x: Tensor) -> Tensor:
         """Integer codes of the input, as the graph's activation quantizer makes them."""
-        return quantize(x.float(), self.input_scale.to(x.device), self.input_bits)  # type: ignore[union-attr]
+        assert self.input_scale is not None  # 16-bit activations have no codes
+        return quantize(x.float(), self.input_scale.to(x.device), self.input_bits)
 
     def steps_of(self, x: Tensor) -> Tensor:
         """The input in units of its scale."""
-        return x / self.input_scale.to(x.device)  # type: ignore[union-attr]
+        assert self.input_scale is not None
+        return x / self.input_scale.to(x.device)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is None:
@@ -97,7 +101,11 @@ def simulated_decoder(calibration: Calibration) -> Decoder:
     for name in c.linear_names():
         codes = torch.from_numpy(c.weight_codes(name)).float()
         linear = QuantLinear(
-            codes, tensors[f"{name}.scale"], tensors.get(f"{name}.bias"), c.input_scale(name), c.precision.activation_bits
+            codes,
+            tensors[f"{name}.scale"],
+            tensors.get(f"{name}.bias"),
+            c.input_scale(name),
+            c.precision.activation_bits,
         )
         parent, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(parent), leaf, linear)
@@ -110,7 +118,7 @@ def simulated_decoder(calibration: Calibration) -> Decoder:
     return decoder.eval().requires_grad_(False)
 
 
-def _to_pair(key, value) -> KVPair:  # type: ignore[no-untyped-def]
+def _to_pair(key: np.ndarray, value: np.ndarray) -> KVPair:
     return torch.from_numpy(key).float()[None], torch.from_numpy(value).float()[None]
 
 
@@ -133,8 +141,9 @@ def tap_codes(decoder: Decoder, tap: Tap) -> list[torch.utils.hooks.RemovableHan
     handles = []
 
     def hook(module: QuantLinear | KVQuantizer, site: str) -> None:
-        handles.append(module.register_forward_pre_hook(
-            lambda m, args: tap(site, m.codes_of(args[0]), m.steps_of(args[0]))))
+        handles.append(
+            module.register_forward_pre_hook(lambda m, args: tap(site, m.codes_of(args[0]), m.steps_of(args[0])))
+        )
 
     for index, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -144,7 +153,8 @@ def tap_codes(decoder: Decoder, tap: Tap) -> list[torch.utils.hooks.RemovableHan
             "mlp.gate_up_input": mlp.gate_proj,
             "mlp.down_input": mlp.down_proj,
         }
-        for site, linear in linears.items():
+        # The decoder declares nn.Linear; a simulated one has these in their place.
+        for site, linear in cast("dict[str, QuantLinear]", linears).items():
             if linear.input_scale is not None:
                 hook(linear, f"layers.{index}.{site}")
         for site in KV_SITES:

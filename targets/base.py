@@ -34,6 +34,8 @@ class Target:
         if asked is None:
             return self.choose_form(precision, has_bias)
         if asked not in [form.value for form in self.forms]:
-            raise PqExportError(f"target {self.name} does not run form '{asked}'",
-                                cure=f"Use one of {', '.join(form.value for form in self.forms)}.")
+            raise PqExportError(
+                f"target {self.name} does not run form '{asked}'",
+                cure=f"Use one of {', '.join(form.value for form in self.forms)}.",
+            )
         return Form(asked), "asked for with --form"

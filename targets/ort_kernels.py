@@ -38,7 +38,8 @@ def fuse_integer_products(model: onnx.ModelProto) -> None:
             raise AssertionError(f"{node.name} is not followed by Cast and Mul")
         a, b, *zero_points = node.input
         fused[node.output[0]] = helper.make_node(
-            FUSED, [a, b, UNIT, scale.input[1], *zero_points], [scale.output[0]], name=scale.name, domain=CONTRIB)
+            FUSED, [a, b, UNIT, scale.input[1], *zero_points], [scale.output[0]], name=scale.name, domain=CONTRIB
+        )
         inner |= {cast.output[0], scale.output[0]}
     if not fused:
         return

@@ -75,7 +75,9 @@ def test_hub_id_without_network(pq: Runner, tmp_path: Path, monkeypatch: pytest.
         raise LocalEntryNotFoundError("cannot reach the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    pq.refuses("some-org/some-model", "--w4a4", "-o", tmp_path / "out", says=("some-org/some-model", "hub cannot be reached"))
+    pq.refuses(
+        "some-org/some-model", "--w4a4", "-o", tmp_path / "out", says=("some-org/some-model", "hub cannot be reached")
+    )
 
 
 def test_directory_without_config(pq: Runner, tmp_path: Path) -> None:
@@ -147,7 +149,9 @@ def test_missing_tensor(pq: Runner, checkpoint: Path) -> None:
 
 def test_calibration_text_too_short(pq: Runner, tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("w3 w4 w5")
-    pq.refuses(tiny_llama_dir, "--w4a4", "--calib-data", tmp_path / "short.txt", says=("short.txt", "3 tokens", "too few"))
+    pq.refuses(
+        tiny_llama_dir, "--w4a4", "--calib-data", tmp_path / "short.txt", says=("short.txt", "3 tokens", "too few")
+    )
 
 
 def test_calibration_text_not_utf8(pq: Runner, tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -188,9 +192,7 @@ def test_output_exists_or_is_a_file_or_cannot_be_written(
     pq.refuses(tiny_llama_dir, "--w4a4", "-o", tmp_path / "locked", says=("not writable",))
 
 
-def test_disk_full_while_writing(
-    pq: Runner, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_full_while_writing(pq: Runner, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -220,18 +222,46 @@ def test_calibration_of_another_checkpoint(
     pq: Runner, made: Path, checkpoint_dir: Callable[[str], Path], text_file: Path
 ) -> None:
     shutil.copytree(made / "calib", made / "other.calib")
-    pq.refuses(checkpoint_dir("llama"), "--w4a4", "--calib-data", text_file, *SMALL, "-o", made / "other",
-               says=("other.calib", "another checkpoint"))
-    pq.refuses("validate", made / "bundle", "--calib", made / "calib", "--model", checkpoint_dir("llama"), "--text", text_file,
-               says=("not the checkpoint",))
+    pq.refuses(
+        checkpoint_dir("llama"),
+        "--w4a4",
+        "--calib-data",
+        text_file,
+        *SMALL,
+        "-o",
+        made / "other",
+        says=("other.calib", "another checkpoint"),
+    )
+    pq.refuses(
+        "validate",
+        made / "bundle",
+        "--calib",
+        made / "calib",
+        "--model",
+        checkpoint_dir("llama"),
+        "--text",
+        text_file,
+        says=("not the checkpoint",),
+    )
 
 
 def test_bundle_of_another_calibration(
     pq: Runner, made: Path, tiny_llama_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     assert pq("calibrate", tiny_llama_dir, "--w8a8", "--calib-data", text_file, *SMALL, "-o", tmp_path / "c8").code == 0
-    pq.refuses("validate", made / "bundle", "--calib", tmp_path / "c8", "--text", text_file, "--windows", 1, "--window", 32,
-               says=("not built from this calibration",))
+    pq.refuses(
+        "validate",
+        made / "bundle",
+        "--calib",
+        tmp_path / "c8",
+        "--text",
+        text_file,
+        "--windows",
+        1,
+        "--window",
+        32,
+        says=("not built from this calibration",),
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "altered", "truncated"])
@@ -285,8 +315,15 @@ def test_prompt_longer_than_the_context(pq: Runner, made: Path) -> None:
 
 def test_evaluation_text_too_short(pq: Runner, made: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("w3 w4 w5")
-    pq.refuses("validate", made / "bundle", "--calib", made / "calib", "--text", tmp_path / "short.txt",
-               says=("short.txt", "3 tokens"))
+    pq.refuses(
+        "validate",
+        made / "bundle",
+        "--calib",
+        made / "calib",
+        "--text",
+        tmp_path / "short.txt",
+        says=("short.txt", "3 tokens"),
+    )
 
 
 def test_a_damaged_graph_fails_validation_with_exit_code_3(pq: Runner, made: Path, text_file: Path) -> None:
@@ -301,7 +338,9 @@ def test_a_damaged_graph_fails_validation_with_exit_code_3(pq: Runner, made: Pat
     del config["files"][DATA_NAME]
     config["files"][MODEL_NAME] = file_record(path)
     (made / "bundle" / CONFIG_NAME).write_text(json.dumps(config))
-    result = pq("validate", made / "bundle", "--calib", made / "calib", "--text", text_file, "--windows", 1, "--window", 64)
+    result = pq(
+        "validate", made / "bundle", "--calib", made / "calib", "--text", text_file, "--windows", 1, "--window", 64
+    )
     assert result.code == 3
     assert "FAIL" in result.out
 
@@ -311,6 +350,15 @@ def test_weights_above_fp16_are_refused_by_name(pq: Runner, checkpoint: Path, te
     tensors = safetensors.torch.load_file(file)
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1e7)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    pq.refuses("calibrate", checkpoint, "--w4a16", "--calib-data", text_file, *SMALL, "-o", tmp_path / "out",
-               says=("lm_head.weight", "FP16"))
+    pq.refuses(
+        "calibrate",
+        checkpoint,
+        "--w4a16",
+        "--calib-data",
+        text_file,
+        *SMALL,
+        "-o",
+        tmp_path / "out",
+        says=("lm_head.weight", "FP16"),
+    )
     assert not (tmp_path / "out").exists()

@@ -93,7 +93,7 @@ def test_search_crops_are_never_longer_than_calibration_crops() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rotate"), [("w4a4", "online"), ("w4a8", "online"), ("w8a8", "online"), ("w4a16", "none")]
+    ("name", "rotate"), [("w4a4", "online"), ("w4a8", "online"), ("w8a8", "online"), ("w4a16", "offline")]
 )
 def test_default_rotation(name: str, rotate: str) -> None:
     assert resolve_plan(name, None, None).rotate == rotate

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
+
 
 def main() -> None:
     """Entry point: user errors become one line, Ctrl-C says how to go on."""
@@ -12,17 +14,22 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import click
+
     from pq_export.cli.app import cli
     from pq_export.errors import PqExportError
 
     try:
-        cli.main(standalone_mode=True)
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except PqExportError as error:
         print(f"pq-export: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         print("\npq-export: interrupted. Finished stages are kept; the same command goes on from them.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output went away, as in `pq-export generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -36,7 +36,9 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @opt.build_options
-@click.option("-o", "--output", type=opt.path_type, required=False, help="Bundle to write (default: out/NAME-PRECISION).")
+@click.option(
+    "-o", "--output", type=opt.path_type, required=False, help="Bundle to write (default: out/NAME-PRECISION)."
+)
 @opt.calibration_options
 @opt.validation_options
 @click.option("--dry-run", is_flag=True, help="Print the resolved plan with expected size and time, and stop.")
@@ -133,5 +135,3 @@ def targets(**flags: Any) -> None:
 def _exit(passed: bool) -> None:
     if not passed:
         sys.exit(EXIT_BELOW_THRESHOLD)
-
-

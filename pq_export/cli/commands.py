@@ -49,8 +49,12 @@ def run_export(model: str, flags: dict[str, Any]) -> bool:
         console = output_console()
         print_report(console, report)
         console.print(f"\n> {SAMPLE_PROMPT}\n{sample}\n", highlight=False, markup=False)
-        console.print(f"bundle: {output}   report: {output / 'report.html'}   calibration: {calibration_directory}",
-                      highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"bundle: {output}   report: {output / 'report.html'}   calibration: {calibration_directory}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     return bool(validation["passed"])
 
 
@@ -99,10 +103,15 @@ def run_validate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
         fp = None
         if flags["model"]:
             layers = bundle.config["plan"]["num_layers"]
-            checkpoint = _load_checkpoint(flags["model"], layers, "cpu", flags["trust_remote_code"], stages, "load checkpoint")
+            checkpoint = _load_checkpoint(
+                flags["model"], layers, "cpu", flags["trust_remote_code"], stages, "load checkpoint"
+            )
             if checkpoint.source.sha256 != calibration.source.sha256:
-                raise IntegrityError("is not the checkpoint that this calibration came from", where=flags["model"],
-                                     cure="Give the same one with --model, or leave --model out.")
+                raise IntegrityError(
+                    "is not the checkpoint that this calibration came from",
+                    where=flags["model"],
+                    cure="Give the same one with --model, or leave --model out.",
+                )
             fp = checkpoint.decoder
         validation = _validated(bundle, calibration, fp, flags, stages)
         _write_report(bundle, calibration, stages.to_list(), validation)
@@ -165,7 +174,9 @@ def build_bundle(
     """Build with the options of the command line."""
     from pq_export.build import build
 
-    return build(calibration, directory, target, output, stages, form=flags["form"], external_data=flags["external_data"])
+    return build(
+        calibration, directory, target, output, stages, form=flags["form"], external_data=flags["external_data"]
+    )
 
 
 def _plan(flags: dict[str, Any]) -> Plan:
@@ -196,12 +207,17 @@ def _calibrated(checkpoint: Any, plan: Plan, directory: Path, flags: dict[str, A
             with stages.stage("calibrate", reused=True):
                 return load_calibration(directory)
         if document["source"]["sha256"] != checkpoint.source.sha256 and not flags["force"]:
-            raise IntegrityError(f"belongs to another checkpoint ({document['source']['name']})", where=directory,
-                                 cure="Give another -o, or --force to replace it.")
+            raise IntegrityError(
+                f"belongs to another checkpoint ({document['source']['name']})",
+                where=directory,
+                cure="Give another -o, or --force to replace it.",
+            )
     return calibrate(checkpoint, plan, directory, stages)
 
 
-def _validated(bundle: Bundle, calibration: Calibration, fp: Any, flags: dict[str, Any], stages: Stages) -> dict[str, Any]:
+def _validated(
+    bundle: Bundle, calibration: Calibration, fp: Any, flags: dict[str, Any], stages: Stages
+) -> dict[str, Any]:
     from pq_export.calib.text import builtin_text, read_text, tokenize
     from pq_export.runtime import load_tokenizer
     from pq_export.validate.pipeline import Limits, Workload, validate
@@ -209,8 +225,15 @@ def _validated(bundle: Bundle, calibration: Calibration, fp: Any, flags: dict[st
     text = builtin_text(held_out=True) if flags["text"] is None else read_text(str(flags["text"]))
     name = "held-out built-in text" if flags["text"] is None else flags["text"].name
     tokens = tokenize(load_tokenizer(bundle), text)
-    work = Workload(tokens, name, flags["windows"], flags["window"], speed=flags["speed"], device=flags["device"],
-                    threads=flags["threads"])
+    work = Workload(
+        tokens,
+        name,
+        flags["windows"],
+        flags["window"],
+        speed=flags["speed"],
+        device=flags["device"],
+        threads=flags["threads"],
+    )
     limits = Limits(flags["min_code_share"], flags["min_greedy"], flags["max_ppl_difference"], flags["max_ppl_ratio"])
     return validate(bundle, calibration, fp, work, limits, stages)
 
@@ -235,7 +258,15 @@ def _calibration_stages(directory: Path) -> list[dict[str, Any]]:
 
 def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | None = None) -> Any:
     """Pieces of text as they are generated; a piece ends where its bytes form whole characters."""
-    from pq_export.runtime import OrtDecoder, Sampling, generate, load_tokenizer, prompt_ids, session_options, stop_tokens
+    from pq_export.runtime import (
+        OrtDecoder,
+        Sampling,
+        generate,
+        load_tokenizer,
+        prompt_ids,
+        session_options,
+        stop_tokens,
+    )
 
     flags = flags or {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None, "threads": None}
     tokenizer = load_tokenizer(bundle)
@@ -268,19 +299,33 @@ def _dry_run(model: str, plan: Plan, output: Path, flags: dict[str, Any]) -> boo
     if flags["as_json"]:
         print_json(document)
         return True
-    _print_facts("Plan", {"model": facts["name"], "architecture": facts["architecture"], "output": str(output), **plan.to_dict()})
-    _print_facts("Expected", {"bundle weights": bytes_text(expected.bundle_bytes), "peak memory": bytes_text(expected.peak_bytes),
-                              "calibration": seconds_text(expected.calibrate_seconds)})
+    _print_facts(
+        "Plan", {"model": facts["name"], "architecture": facts["architecture"], "output": str(output), **plan.to_dict()}
+    )
+    _print_facts(
+        "Expected",
+        {
+            "bundle weights": bytes_text(expected.bundle_bytes),
+            "peak memory": bytes_text(expected.peak_bytes),
+            "calibration": seconds_text(expected.calibrate_seconds),
+        },
+    )
     return True
 
 
 def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
     c = calibration
     return {
-        "kind": "calibration", "name": c.source.name, "architecture": c.source.architecture,
-        "precision": str(c.precision), "layers": c.decoder.num_layers, "prefix": list(c.prefix.tokens),
-        "prefix_ids": list(c.prefix.token_ids), "rotation": c.rotation.mode,
-        "online": list(c.rotation.online), "checkpoint_sha256": c.source.sha256,
+        "kind": "calibration",
+        "name": c.source.name,
+        "architecture": c.source.architecture,
+        "precision": str(c.precision),
+        "layers": c.decoder.num_layers,
+        "prefix": list(c.prefix.tokens),
+        "prefix_ids": list(c.prefix.token_ids),
+        "rotation": c.rotation.mode,
+        "online": list(c.rotation.online),
+        "checkpoint_sha256": c.source.sha256,
     }
 
 
@@ -288,14 +333,23 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
     c = bundle.config
     size = sum(record["bytes"] for record in c["files"].values())
     return {
-        "kind": "bundle", "name": c["source"]["name"], "target": c["target"], "form": c["form"],
-        "precision": c["precision"], "layers": c["num_layers"], "prefix": c["prefix"]["tokens"],
-        "prefix_ids": c["prefix"]["token_ids"], "bytes": size,
-        "kv_bytes_per_token": c["kv_cache"]["bytes_per_token"], "versions": c["versions"],
+        "kind": "bundle",
+        "name": c["source"]["name"],
+        "target": c["target"],
+        "form": c["form"],
+        "precision": c["precision"],
+        "layers": c["num_layers"],
+        "prefix": c["prefix"]["tokens"],
+        "prefix_ids": c["prefix"]["token_ids"],
+        "bytes": size,
+        "kv_bytes_per_token": c["kv_cache"]["bytes_per_token"],
+        "versions": c["versions"],
     }
 
 
 def _print_facts(title: str, facts: dict[str, Any]) -> None:
-    rows = [[name.replace("_", " "), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
-            for name, value in facts.items()]
+    rows = [
+        [name.replace("_", " "), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
+        for name, value in facts.items()
+    ]
     output_console().print(table(title, ["", "value"], rows))

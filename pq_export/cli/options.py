@@ -30,19 +30,32 @@ device_option = click.option("--device", default="cpu", show_default=True, help=
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="onnxruntime threads (default: all cores).")
 
 precision_options = _stack(
-    *(click.option(f"--{name}", is_flag=True, help=f"{name[1]}-bit weights, {name[3:]}-bit activations.")
-      for name in PRECISIONS),
-    click.option("--kv", type=click.Choice(["4", "8", "16"]),
-                 help="Bits of cached keys and values (default: 4 for w4a4 and w4a8, 8 for w8a8, 16 for w4a16)."),
+    *(
+        click.option(f"--{name}", is_flag=True, help=f"{name[1]}-bit weights, {name[3:]}-bit activations.")
+        for name in PRECISIONS
+    ),
+    click.option(
+        "--kv",
+        type=click.Choice(["4", "8", "16"]),
+        help="Bits of cached keys and values (default: 4 for w4a4 and w4a8, 8 for w8a8, 16 for w4a16).",
+    ),
 )
 
 calibration_options = _stack(
     precision_options,
-    click.option("--prefix", metavar="auto|none|TEXT", help="Prefix tokens: found from the data (auto), none, or this text."),
-    click.option("--rotate", type=click.Choice(["online", "offline", "none"]),
-                 help="Hadamard rotations: folded and online, folded only, or none (default: online; none for w4a16)."),
-    click.option("--calib-data", metavar="FILE|wikitext2|pile|c4",
-                 help="Calibration text (default: a built-in corpus, no download)."),
+    click.option(
+        "--prefix", metavar="auto|none|TEXT", help="Prefix tokens: found from the data (auto), none, or this text."
+    ),
+    click.option(
+        "--rotate",
+        type=click.Choice(["online", "offline", "none"]),
+        help="Hadamard rotations: folded and online, folded only, or none (default: online; offline for w4a16).",
+    ),
+    click.option(
+        "--calib-data",
+        metavar="FILE|wikitext2|pile|c4",
+        help="Calibration text (default: a built-in corpus, no download).",
+    ),
     click.option("--calib-samples", type=int, metavar="N", help="Text crops for ranges and outliers (default 32)."),
     click.option("--seq-len", type=int, metavar="N", help="Tokens a crop (default 512)."),
     click.option("--seed", type=int, help="Seed of crops and rotations (default 0)."),
@@ -54,9 +67,12 @@ calibration_options = _stack(
 
 build_options = _stack(
     click.option("--target", default="ort", show_default=True, help="Where the bundle runs: see 'pq-export targets'."),
-    click.option("--form", type=click.Choice(["qdq", "integer"]), help="How linears are written (default: the target's)."),
-    click.option("--external-data/--no-external-data", default=None,
-                 help="Weights in a file of their own (default: above 2 GB)."),
+    click.option(
+        "--form", type=click.Choice(["qdq", "integer"]), help="How linears are written (default: the target's)."
+    ),
+    click.option(
+        "--external-data/--no-external-data", default=None, help="Weights in a file of their own (default: above 2 GB)."
+    ),
 )
 
 validation_options = _stack(
@@ -65,11 +81,23 @@ validation_options = _stack(
     click.option("--window", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens a window."),
     threads_option,
     click.option("--speed", is_flag=True, help="Measure prefill and decode tokens/s beside the fp32 ONNX."),
-    click.option("--min-code-share", type=float, default=0.999, show_default=True,
-                 help="Least share of equal integer codes at any quantizer."),
-    click.option("--min-greedy", type=int, default=64, show_default=True, help="Least number of equal greedy tokens, of 64."),
-    click.option("--max-ppl-difference", type=float, default=0.01, show_default=True,
-                 help="Largest relative perplexity difference, ONNX to fake-quant."),
+    click.option(
+        "--min-code-share",
+        type=float,
+        default=0.999,
+        show_default=True,
+        help="Least share of equal integer codes at any quantizer.",
+    ),
+    click.option(
+        "--min-greedy", type=int, default=64, show_default=True, help="Least number of equal greedy tokens, of 64."
+    ),
+    click.option(
+        "--max-ppl-difference",
+        type=float,
+        default=0.01,
+        show_default=True,
+        help="Largest relative perplexity difference, ONNX to fake-quant.",
+    ),
     click.option("--max-ppl-ratio", type=float, help="Largest perplexity ratio, ONNX to FP (default: not judged)."),
 )
 

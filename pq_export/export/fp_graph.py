@@ -79,23 +79,33 @@ def _export_structure(config: DecoderConfig) -> onnx.ModelProto:
             list(zip(cache[0::2], cache[1::2], strict=True)),
         )
     kv_axes = {0: "batch", 2: "past"}
-    shapes = ({0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}, {0: "batch", 1: "sequence"},
-              [(kv_axes, kv_axes)] * config.num_layers)
+    shapes = (
+        {0: "batch", 1: "sequence"},
+        {0: "batch", 1: "total"},
+        {0: "batch", 1: "sequence"},
+        [(kv_axes, kv_axes)] * config.num_layers,
+    )
     # The exporter warns about axis names, which are shared on purpose, and about torchvision.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), mode:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            decoder, arguments, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, optimize=False, verbose=False,
+            decoder,
+            arguments,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
             input_names=["input_ids", "attention_mask", "position_ids", *names],
             output_names=["logits", *present_names(config.num_layers)],
         )
     assert program is not None
     graph = program.model.graph
-    for value in list(graph.initializers.values()):
+    for name, value in list(graph.initializers.items()):
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             value.const_value = None
-            del graph.initializers[value.name]
+            del graph.initializers[name]
             graph.inputs.append(value)
     program.optimize()  # after the fake tensors are gone: it folds constants
     return program.model_proto

@@ -28,7 +28,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from pq_export.calib.outliers import OUTLIER_RATIO
+from pq_export.calibration import OUTLIER_RATIO
 
 # name -> (light, dark). The template makes CSS variables of these; figures refer to them by name.
 PALETTE = {

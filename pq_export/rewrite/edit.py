@@ -14,7 +14,14 @@ from pq_export.quantizer import pack_int4
 
 
 def add_node(
-    graph: gs.Graph, op: str, inputs: Sequence[gs.Tensor], name: str, dtype: Any, *, domain: str | None = None, **attrs: Any
+    graph: gs.Graph,
+    op: str,
+    inputs: Sequence[gs.Tensor],
+    name: str,
+    dtype: Any,
+    *,
+    domain: str | None = None,
+    **attrs: Any,
 ) -> gs.Variable:
     """Append a node with one output called ``name`` and return that output."""
     output = gs.Variable(name, dtype=dtype)
@@ -22,7 +29,7 @@ def add_node(
     return output
 
 
-class Int4Constant(gs.Constant):
+class Int4Constant(gs.Constant):  # type: ignore[misc]  # graphsurgeon has no types
     """int8 codes in -8..7 that are written as an INT4 initializer, two to a byte.
 
     graphsurgeon holds NumPy arrays, and NumPy has no packed 4-bit type; see :func:`pack_int4_initializers`.

@@ -19,6 +19,8 @@ quantizer as cached ones, so prefill and decode see the same numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -46,13 +48,19 @@ def quantize_kv_cache(fp: FPGraph, calibration: Calibration) -> None:
             per_head = len(values) > 1
             scale = gs.Constant(f"{site}.scale", values if per_head else values.reshape(()))
             zero = gs.Constant(f"{site}.zero_point", np.full(values.shape if per_head else (), -low, np.uint8))
-            axis = {"axis": 1} if per_head else {}
+            axis: dict[str, Any] = {"axis": 1} if per_head else {}
             codes = add_node(fp.graph, "QuantizeLinear", [new, scale, zero], f"{site}/codes", u8, **axis)
             if bits < 8:
                 top = gs.Constant(f"{site}.max", np.asarray(high - low, np.uint8))
                 codes = add_node(fp.graph, "Min", [codes, top], f"{site}/codes_clamped", u8)
             past.dtype = present.dtype = u8
             concat.inputs = [past, codes]
-            floats = add_node(fp.graph, "DequantizeLinear", [present, scale, zero], f"{site}/dequantized",
-                              np.dtype(np.float32), **axis)
+            floats = add_node(
+                fp.graph,
+                "DequantizeLinear",
+                [present, scale, zero],
+                f"{site}/dequantized",
+                np.dtype(np.float32),
+                **axis,
+            )
             reconnect(present, floats, readers)

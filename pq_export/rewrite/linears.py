@@ -22,14 +22,19 @@ from pq_export.rewrite.qlinear import LinearConstants, insert_qlinear
 
 
 def quantize_linears(fp: FPGraph, calibration: Calibration) -> None:
-    """Replace all linears that ``calibration`` quantized."""
+    """Replace all linears that ``calibration`` quantized, with their parameters."""
     for name in calibration.linear_names():
         matmul = single_node(fp, name, "MatMul")
         x, output = matmul.inputs[0], module_output(fp, name)
+        replaced = fp.nodes_in(name)
         _, layer, leaf = name.split(".", 2)
         site = f"layers.{layer}.{SITE_OF_LINEAR[leaf]}"
         result = insert_qlinear(fp.graph, x, linear_constants(calibration, name), site)
         reconnect(output, result)
+        for node in replaced:
+            node.inputs.clear()
+            fp.graph.nodes.remove(node)
+        fp.graph.inputs = [t for t in fp.graph.inputs if t.name not in (f"{name}.weight", f"{name}.bias")]
 
 
 def linear_constants(calibration: Calibration, name: str) -> LinearConstants:

@@ -63,7 +63,9 @@ def _connections(model: onnx.ModelProto, initializers: dict[str, onnx.TensorProt
     findings, used = [], {name for node in model.graph.node for name in node.input}
     reaches: dict[str, frozenset[str]] = {i.name: frozenset([i.name]) for i in model.graph.input}
     for node in model.graph.node:  # topologically sorted, the checker guarantees it
-        sources = frozenset().union(*(reaches.get(name, frozenset()) for name in node.input)) if node.input else frozenset()
+        sources = (
+            frozenset().union(*(reaches.get(name, frozenset()) for name in node.input)) if node.input else frozenset()
+        )
         for output in node.output:
             reaches[output] = sources
     for output in model.graph.output:

@@ -59,12 +59,13 @@ class LinearConstants:
 
 
 def insert_qlinear(graph: gs.Graph, x: gs.Tensor, c: LinearConstants, site: str) -> gs.Variable:
-    """Append one ``pq::QLinear`` node reading ``x``; ``site`` names the shared activation scale."""
+    """Append one ``pq::QLinear`` node reading ``x``; linears that read ``x`` at one ``site`` share its scale."""
     weight = _codes_constant(f"{c.name}.codes", c.codes, c.weight_bits)
     inputs: list[gs.Tensor] = [x, weight, gs.Constant(f"{c.name}.scale", c.scale)]
     attrs: dict[str, object] = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits, "site": site}
     if c.input_scale is not None:
-        inputs.append(gs.Constant(f"{site}.scale", np.asarray(c.input_scale, dtype=np.float32)))
+        shared = (t for node in x.outputs if node.op == OP for t in node.inputs if t.name == f"{site}.scale")
+        inputs.append(next(shared, gs.Constant(f"{site}.scale", np.asarray(c.input_scale, dtype=np.float32))))
     if c.bias is not None:
         if c.input_scale is None:
             inputs.append(gs.Variable.empty())
@@ -84,8 +85,11 @@ def lower_qlinears(graph: gs.Graph, form: Form) -> None:
         return
     quantized: Quantized = {}
     for node in [n for n in graph.nodes if n.op == OP and n.domain == DOMAIN]:
-        result = _lower_float(graph, node) if node.attrs["activation_bits"] == 16 else (
-            _lower_qdq(graph, node, quantized) if form is Form.QDQ else _lower_integer(graph, node, quantized))
+        result = (
+            _lower_float(graph, node)
+            if node.attrs["activation_bits"] == 16
+            else (_lower_qdq(graph, node, quantized) if form is Form.QDQ else _lower_integer(graph, node, quantized))
+        )
         reconnect(node.outputs[0], result)
         node.inputs.clear()
         graph.nodes.remove(node)
@@ -118,6 +122,7 @@ def _lower_qdq(graph: gs.Graph, node: gs.Node, quantized: Quantized) -> gs.Varia
 
 def _lower_integer(graph: gs.Graph, node: gs.Node, quantized: Quantized) -> gs.Variable:
     x, weight, weight_scale, input_scale, bias = _parts(node)
+    assert input_scale is not None  # only weight-only linears lack it, and they are lowered to floats
     name, site, bits = node.name, str(node.attrs["site"]), int(node.attrs["activation_bits"])
     low, high = code_range(bits)
     key = (id(x), site)
@@ -126,16 +131,26 @@ def _lower_integer(graph: gs.Graph, node: gs.Node, quantized: Quantized) -> gs.V
         zero = gs.Constant(f"{site}.zero_point", np.asarray(-low, dtype=np.uint8))
         codes = add_node(graph, "QuantizeLinear", [x, input_scale, zero], f"{site}/codes", u8)
         if bits < 8:  # uint8 saturates below at 0 by itself
-            codes = add_node(graph, "Min", [codes, gs.Constant(f"{site}.max", np.asarray(high - low, np.uint8))],
-                             f"{site}/codes_clamped", u8)
+            codes = add_node(
+                graph,
+                "Min",
+                [codes, gs.Constant(f"{site}.max", np.asarray(high - low, np.uint8))],
+                f"{site}/codes_clamped",
+                u8,
+            )
         quantized[key] = (codes, zero)
     codes, zero = quantized[key]
     if int(node.attrs["weight_bits"]) == 4:  # a constant: onnxruntime unpacks it once, when it loads
         weight = cast(graph, weight, "int8", f"{name}/weight_int8")
     accumulator = add_node(graph, "MatMulInteger", [codes, weight, zero], f"{name}/accumulator", np.dtype(np.int32))
     combined = gs.Constant(f"{name}.combined_scale", input_scale.values * weight_scale.values)
-    y = add_node(graph, "Mul", [cast(graph, accumulator, "float32", f"{name}/accumulator_fp32"), combined],
-                 f"{name}/product", np.dtype(np.float32))
+    y = add_node(
+        graph,
+        "Mul",
+        [cast(graph, accumulator, "float32", f"{name}/accumulator_fp32"), combined],
+        f"{name}/product",
+        np.dtype(np.float32),
+    )
     return _add_bias(graph, y, bias, name)
 
 
@@ -150,14 +165,31 @@ def _lower_float(graph: gs.Graph, node: gs.Node) -> gs.Variable:
 
 
 def function_proto(activation_bits: int, has_bias: bool, opset: int) -> onnx.FunctionProto:
-    """The definition as an ONNX model-local function, in integer operators.
+    """The definition as an ONNX model-local function, in standard operators.
 
     Overloads ``a{bits}[_bias]`` differ in the clamp and in the last input. A graph of ``pq::QLinear``
     nodes with these functions attached is a valid ONNX model that any runtime can execute.
     """
-    low, high = code_range(activation_bits)
-    inputs = ["x", "w", "w_scale", "x_scale", *(["bias"] if has_bias else [])]
-    text = [
+    product = "product" if has_bias else "y"
+    body = _float_body(product) if activation_bits == 16 else _integer_body(activation_bits, product)
+    if has_bias:
+        body.append(helper.make_node("Add", [product, "bias"], ["y"]))
+    function = helper.make_function(
+        DOMAIN,
+        OP,
+        ["x", "w", "w_scale", *(["x_scale"] if activation_bits < 16 or has_bias else []), *(["bias"] if has_bias else [])],
+        ["y"],
+        body,
+        [helper.make_opsetid("", opset)],
+        attributes=["weight_bits", "activation_bits", "site"],
+    )
+    function.overload = overload(activation_bits, has_bias)
+    return function
+
+
+def _integer_body(bits: int, result: str) -> list[onnx.NodeProto]:
+    low, high = code_range(bits)
+    return [
         helper.make_node("Constant", [], ["low"], value_float=float(low)),
         helper.make_node("Constant", [], ["high"], value_float=float(high)),
         helper.make_node("Div", ["x", "x_scale"], ["steps"]),
@@ -168,15 +200,16 @@ def function_proto(activation_bits: int, has_bias: bool, opset: int) -> onnx.Fun
         helper.make_node("MatMulInteger", ["codes", "w_int8"], ["accumulator"]),
         helper.make_node("Cast", ["accumulator"], ["accumulator_fp32"], to=onnx.TensorProto.FLOAT),
         helper.make_node("Mul", ["x_scale", "w_scale"], ["scale"]),
-        helper.make_node("Mul", ["accumulator_fp32", "scale"], ["product" if has_bias else "y"]),
-        *([helper.make_node("Add", ["product", "bias"], ["y"])] if has_bias else []),
+        helper.make_node("Mul", ["accumulator_fp32", "scale"], [result]),
     ]
-    function = helper.make_function(
-        DOMAIN, OP, inputs, ["y"], text, [helper.make_opsetid("", opset)],
-        attributes=["weight_bits", "activation_bits", "site"],
-    )
-    function.overload = overload(activation_bits, has_bias)
-    return function
+
+
+def _float_body(result: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Cast", ["w"], ["w_fp32"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", ["w_fp32", "w_scale"], ["w_scaled"]),
+        helper.make_node("MatMul", ["x", "w_scaled"], [result]),
+    ]
 
 
 def overload(activation_bits: int, has_bias: bool) -> str:

@@ -36,8 +36,13 @@ class SiteComparison:
         return 1.0 - self.different / self.count if self.count else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {"equal": self.equal, "count": self.count, "different": self.different,
-                "max_difference": self.max_difference, "worst_tie_distance": self.worst_tie_distance}
+        return {
+            "equal": self.equal,
+            "count": self.count,
+            "different": self.different,
+            "max_difference": self.max_difference,
+            "worst_tie_distance": self.worst_tie_distance,
+        }
 
 
 @dataclass
@@ -61,8 +66,10 @@ def reference_run(decoder: Decoder, ids: Tensor) -> Reference:
 
     handles = tap_codes(decoder, tap)
     for index, layer in enumerate(decoder.layers):
+
         def keep(module: object, args: tuple[Tensor, ...], out: tuple[Tensor, Any], i: int = index) -> None:
             run.inputs[i], run.outputs[i] = args[0].numpy(), out[0].numpy()
+
         handles.append(layer.register_forward_hook(keep))
     try:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -130,8 +137,12 @@ def compare_blocks(model: onnx.ModelProto, decoder: Decoder, ids: Tensor, bits_o
     _, _, values = session.step(ids.numpy(), session.empty(len(ids)), extra=wanted, feeds=feeds)
     sites = _compare(reference, dict(zip(names, values, strict=False)), bits_of, model)
     cosine = [_cosine(reference.outputs[i], values[len(names) + i]) for i in range(layers)]
-    return {"tokens": ids.numel(), "sites": {s: c.to_dict() for s, c in sites.items()}, "cosine": cosine,
-            "min_equal": min((c.equal for c in sites.values()), default=1.0)}
+    return {
+        "tokens": ids.numel(),
+        "sites": {s: c.to_dict() for s, c in sites.items()},
+        "cosine": cosine,
+        "min_equal": min((c.equal for c in sites.values()), default=1.0),
+    }
 
 
 def compare_running(model: onnx.ModelProto, decoder: Decoder, ids: Tensor, bits_of: dict[str, int]) -> dict[str, Any]:
@@ -141,9 +152,12 @@ def compare_running(model: onnx.ModelProto, decoder: Decoder, ids: Tensor, bits_
     session = OrtDecoder(expose(model, list(names.values())).SerializeToString(), session_options(fuse=False))
     logits, _, values = session.step(ids.numpy(), session.empty(len(ids)), extra=[seen(n) for n in names.values()])
     sites = _compare(reference, dict(zip(names, values, strict=True)), bits_of, model)
-    return {"tokens": ids.numel(), "sites": {s: c.equal for s, c in sites.items()},
-            "min_equal": min((c.equal for c in sites.values()), default=1.0),
-            "logits_max_error": float(np.abs(logits - reference.logits.numpy()).max())}
+    return {
+        "tokens": ids.numel(),
+        "sites": {s: c.equal for s, c in sites.items()},
+        "min_equal": min((c.equal for c in sites.values()), default=1.0),
+        "logits_max_error": float(np.abs(logits - reference.logits.numpy()).max()),
+    }
 
 
 def _compare(
@@ -174,5 +188,5 @@ def _signed_codes(model: onnx.ModelProto) -> set[str]:
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
-
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b / max(norms, 1e-30))

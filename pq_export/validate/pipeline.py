@@ -37,6 +37,7 @@ from pq_export.validate.widen import widen
 
 FP, FP_PREFIX, FAKE_QUANT, ONNX = "FP", "FP + prefix", "fake-quant", "ONNX"
 PROMPT_TOKENS = 16
+SPEED_PROMPT, SPEED_STEPS = 512, 32
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def check_belongs(bundle: Bundle, calibration: Calibration) -> None:
     """Refuse a calibration that this bundle was not built from."""
     ours = (bundle.config["source"], bundle.config["prefix"]["key"], bundle.config["precision"])
     if ours != (asdict(calibration.source), calibration.prefix.key, str(calibration.precision)):
-        raise IntegrityError("was not built from this calibration", where=bundle.directory,
-                             cure="Give the right one with --calib.")
+        raise IntegrityError(
+            "was not built from this calibration", where=bundle.directory, cure="Give the right one with --calib."
+        )
 
 
 @torch.no_grad()
@@ -85,14 +87,17 @@ def validate(
     window = min(work.window, calibration.decoder.max_position_embeddings - len(calibration.prefix.token_ids))
     needed = max(window * max(work.windows, 1), work.compare_tokens)
     if len(work.tokens) < needed:
-        raise PqExportError(f"has {len(work.tokens)} tokens; {work.windows} windows of {window} need {needed}",
-                            where=work.text, cure="Give a longer --text or fewer --windows.")
+        raise PqExportError(
+            f"has {len(work.tokens)} tokens; {work.windows} windows of {window} need {needed}",
+            where=work.text,
+            cure="Give a longer --text or fewer --windows.",
+        )
     head = torch.from_numpy(work.tokens[: work.compare_tokens])[None]
     model = onnx.load(bundle.model_path)
     portable = onnx.load(bundle.model_path)
     find_target(bundle.config["target"]).portable(portable)
     simulated = simulated_decoder(calibration)
-    bits = {site: calibration.precision.activation_bits for site in calibration.activation_scales}
+    bits = dict.fromkeys(calibration.activation_scales, calibration.precision.activation_bits)
     bits |= dict.fromkeys(calibration.kv_scales, calibration.precision.kv_bits)
     result: dict[str, Any] = {"text": work.text}
     with stages.stage("compare integers block by block"):
@@ -129,8 +134,12 @@ def _exact(
     graph = OrtDecoder(twin.SerializeToString(), session_options(fuse=False))
     tokens = onnx_greedy(graph, prompt, steps)
     values = [perplexity(logits_of, ids).value for logits_of in (torch_logits(decoder), onnx_logits(graph))]
-    return {**result, "greedy_equal": agreeing(torch_greedy(decoder, prompt, steps), tokens), "greedy_steps": steps,
-            "perplexity_difference": abs(values[1] / values[0] - 1.0)}
+    return {
+        **result,
+        "greedy_equal": agreeing(torch_greedy(decoder, prompt, steps), tokens),
+        "greedy_steps": steps,
+        "perplexity_difference": abs(values[1] / values[0] - 1.0),
+    }
 
 
 def _free_running(graph: OrtDecoder, simulated: Decoder, ids: Tensor, steps: int) -> dict[str, Any]:
@@ -150,7 +159,7 @@ def _free_running(graph: OrtDecoder, simulated: Decoder, ids: Tensor, steps: int
 
 def _perplexities(rows: dict[str, Any], work: Workload, window: int, stages: Stages) -> dict[str, Any]:
     windows = torch.from_numpy(work.tokens[: work.windows * window].reshape(work.windows, window))
-    measured = []
+    measured: list[dict[str, Any]] = []
     for name, logits_of in rows.items():
         with stages.stage(f"perplexity, {name}", work.windows) as advance:
             value = perplexity(logits_of, windows, advance)
@@ -170,7 +179,8 @@ def _speed(bundle: Bundle, calibration: Calibration, fp: Decoder | None, threads
     if fp is not None:
         baseline = float_model(export_fp_graph(fp.config), fp).SerializeToString()
         decoders = {"fp32 ONNX": lambda: OrtDecoder(baseline, session_options(threads=threads)), **decoders}
-    return compare_speed(decoders, calibration.decoder.vocab_size)
+    room = calibration.decoder.max_position_embeddings - len(calibration.prefix.token_ids) - SPEED_STEPS
+    return compare_speed(decoders, calibration.decoder.vocab_size, min(SPEED_PROMPT, room), SPEED_STEPS)
 
 
 def checks(result: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
@@ -186,6 +196,13 @@ def checks(result: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
     ]
     if limits.max_ppl_ratio is not None and rows[ONNX]["ratio"] is not None:
         found.append(("perplexity ratio, ONNX to FP", rows[ONNX]["ratio"], limits.max_ppl_ratio, False))
-    return [{"name": name, "value": value, "threshold": limit, "at_least": at_least,
-             "passed": bool(value >= limit if at_least else value <= limit)}
-            for name, value, limit, at_least in found]
+    return [
+        {
+            "name": name,
+            "value": value,
+            "threshold": limit,
+            "at_least": at_least,
+            "passed": bool(value >= limit if at_least else value <= limit),
+        }
+        for name, value, limit, at_least in found
+    ]

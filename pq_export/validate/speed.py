@@ -30,13 +30,18 @@ def measure(decoder: OrtDecoder, vocab_size: int, prompt: int, steps: int, repea
         last_logits.append(prompt / (time.perf_counter() - started))
         started = time.perf_counter()
         for _ in range(steps):
-            logits, state, _ = decoder.step(token, state, last_only=True)
+            _, state, _ = decoder.step(token, state, last_only=True)
         decode.append(steps / (time.perf_counter() - started))
-    return {"prefill": statistics.median(last_logits), "prefill_all_logits": statistics.median(all_logits),
-            "decode": statistics.median(decode)}
+    return {
+        "prefill": statistics.median(last_logits),
+        "prefill_all_logits": statistics.median(all_logits),
+        "decode": statistics.median(decode),
+    }
 
 
-def compare_speed(decoders: dict[str, Any], vocab_size: int, prompt: int = 512, steps: int = 32, repeats: int = 3) -> dict[str, Any]:
+def compare_speed(
+    decoders: dict[str, Any], vocab_size: int, prompt: int = 512, steps: int = 32, repeats: int = 3
+) -> dict[str, Any]:
     """One row a model. ``decoders``: name -> function that makes an :class:`OrtDecoder`.
 
     One session lives at a time: two spinning thread pools on few cores slow each other down.

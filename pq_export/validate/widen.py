@@ -35,7 +35,10 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
         elif FP32_ONLY.get(node.op_type) == "after":
             wide, node.output[0] = node.output[0], f"{node.output[0]}/fp32"
-            nodes += [node, helper.make_node("Cast", [node.output[0]], [wide], name=f"{wide}/fp64", to=TensorProto.DOUBLE)]
+            nodes += [
+                node,
+                helper.make_node("Cast", [node.output[0]], [wide], name=f"{wide}/fp64", to=TensorProto.DOUBLE),
+            ]
         else:
             nodes.append(node)
     del graph.node[:]

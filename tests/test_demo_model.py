@@ -1,0 +1,110 @@
+"""The real model, end to end: SmolLM2-135M-Instruct from its GGUF, on the CPU.
+
+``make test`` says where the model is; without it these tests have nothing to run on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODEL = os.environ.get("PQ_EXPORT_DEMO_MODEL", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not MODEL, reason="PQ_EXPORT_DEMO_MODEL is not set; 'make test' sets it"),
+]
+GIB = 1024**3
+
+
+def pq(*arguments: object) -> Any:
+    """Run the command line with ``--json`` and return its document; it must pass."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pq_export", *map(str, arguments), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def w4a4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What ``make demo`` runs, with one window of perplexity."""
+    return pq(MODEL, "--target", "ort", "--w4a4", "--windows", 1, "-o", tmp_path_factory.mktemp("demo") / "w4a4")
+
+
+@pytest.fixture(scope="module")
+def w8a8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return pq(MODEL, "--w8a8", "--windows", 1, "--speed", "-o", tmp_path_factory.mktemp("demo") / "w8a8")
+
+
+def test_prefix_is_found_and_takes_the_outliers_away(w4a4: dict[str, Any]) -> None:
+    tokens = w4a4["prefix"]["tokens"]
+    assert tokens[0] == " the" and tokens[-1] == "<|im_start|>"
+    before, after = w4a4["outliers_before"], w4a4["outliers_after"]
+    assert before["max_value"][11] > 2000 and before["max_ratio"][11] > 1000
+    assert after["max_value"][11] < 20
+    assert max(after["max_ratio"]) <= 64
+
+
+def test_integers_equal_what_calibration_simulated(w4a4: dict[str, Any], w8a8: dict[str, Any]) -> None:
+    for report in (w4a4, w8a8):
+        validation = report["validation"]
+        assert validation["passed"]
+        assert validation["blocks"]["min_equal"] >= 0.999
+        assert len(validation["blocks"]["sites"]) == 30 * 6
+        assert min(validation["blocks"]["cosine"]) > 0.99999
+        # Every code that differs is a rounding tie: fp32 round-off is the whole difference.
+        distances = [c["worst_tie_distance"] for c in validation["blocks"]["sites"].values() if c["max_difference"] == 1]
+        assert all(distance < 1e-3 for distance in distances if distance is not None)
+        assert validation["exact"]["min_equal"] >= 0.999
+        assert validation["exact"]["greedy_equal"] == validation["exact"]["greedy_steps"] == 64
+        assert validation["exact"]["perplexity_difference"] < 1e-3
+
+
+def test_w8a8_is_as_good_as_floating_point_and_says_so(w8a8: dict[str, Any]) -> None:
+    rows = {row["model"]: row for row in w8a8["validation"]["perplexity"]["rows"]}
+    assert rows["ONNX"]["ratio"] < 1.02
+    assert abs(rows["ONNX"]["perplexity"] / rows["fake-quant"]["perplexity"] - 1) < 1e-3
+    assert "Paris" in w8a8["sample"]["text"]
+
+
+def test_w8a8_is_faster_than_fp32(w8a8: dict[str, Any]) -> None:
+    rows = {row["model"]: row for row in w8a8["validation"]["speed"]["rows"]}
+    assert rows["W8A8KV8"]["decode"] > rows["fp32 ONNX"]["decode"]
+    assert rows["W8A8KV8"]["prefill"] > rows["fp32 ONNX"]["prefill"]
+
+
+def test_sizes_and_memory(w4a4: dict[str, Any]) -> None:
+    linears = next(part for part in w4a4["sizes"] if part["part"] == "quantized linears")
+    assert linears["parameters"] == 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
+    assert linears["bytes_per_parameter"] < 0.52
+    assert max(stage["peak_rss"] for stage in w4a4["stages"]) < 6 * GIB
+
+
+def test_every_quantized_linear_runs_in_an_integer_kernel(w8a8: dict[str, Any], tmp_path: Path) -> None:
+    """In the graph that onnxruntime has optimized: no float product reads a quantized weight."""
+    import onnx
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(Path(w8a8["bundle"]) / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(tmp_path / "optimized.onnx")
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    integer = [n for n in model.graph.node if n.op_type in ("MatMulIntegerToFloat", "MatMulInteger")]
+    assert len(integer) == 30 * 7
+    assert all(kinds[n.input[1]] == onnx.TensorProto.INT8 for n in integer)
+
+
+def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], tmp_path: Path) -> None:
+    small = ("--calib-samples", 8, "--windows", 1, "--window", 1024)
+    without = pq(MODEL, "--w4a4", "--prefix", "none", *small, "-o", tmp_path / "without")
+    ratio_without = {r["model"]: r for r in without["validation"]["perplexity"]["rows"]}["ONNX"]["ratio"]
+    ratio_with = {r["model"]: r for r in w4a4["validation"]["perplexity"]["rows"]}["ONNX"]["ratio"]
+    assert ratio_without > 2 * ratio_with
