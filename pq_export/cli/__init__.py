@@ -28,7 +28,9 @@ def main() -> None:
         print(f"pq-export: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("\npq-export: interrupted. Finished stages are kept; the same command goes on from them.", file=sys.stderr)
+        print(
+            "\npq-export: interrupted. Finished stages are kept; the same command goes on from them.", file=sys.stderr
+        )
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `pq-export generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,8 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pq_export.calibration import OUTLIER_RATIO
-from pq_export.calibration import KV_SITES, SITE_OF_LINEAR, SITES
+from pq_export.calibration import KV_SITES, OUTLIER_RATIO, SITE_OF_LINEAR, SITES
 from pq_export.report import plots
 
 NOTHING = "–"

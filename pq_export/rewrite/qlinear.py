@@ -177,7 +177,13 @@ def function_proto(activation_bits: int, has_bias: bool, opset: int) -> onnx.Fun
     function = helper.make_function(
         DOMAIN,
         OP,
-        ["x", "w", "w_scale", *(["x_scale"] if activation_bits < 16 or has_bias else []), *(["bias"] if has_bias else [])],
+        [
+            "x",
+            "w",
+            "w_scale",
+            *(["x_scale"] if activation_bits < 16 or has_bias else []),
+            *(["bias"] if has_bias else []),
+        ],
         ["y"],
         body,
         [helper.make_opsetid("", opset)],

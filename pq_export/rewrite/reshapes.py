@@ -2,11 +2,11 @@
 
 Before::
 
-    Concat(batch, 9, -1, 64) ─► Reshape          batch from a Shape node
+    Concat(batch, sequence, 576) ─► Reshape      batch and sequence from Shape nodes
 
 After::
 
-    [0, 9, -1, 64] ─► Reshape                    0 copies the axis
+    [0, -1, 576] ─► Reshape                      0 copies the axis, -1 takes what is left
 
 The exporter computes the batch size for every Reshape; in this decoder axis 0 is the batch everywhere,
 and at most one other axis is dynamic. Saves a dozen tiny nodes a layer and a shape chain per step.
@@ -28,9 +28,8 @@ def make_reshapes_constant(fp: FPGraph) -> None:
         target = node.inputs[1]
         if isinstance(target, gs.Constant) or not target.inputs or target.inputs[0].op != "Concat":
             continue
-        first, *rest = target.inputs[0].inputs
-        if all(isinstance(t, gs.Constant) for t in rest) and not isinstance(first, gs.Constant):
-            shape = [0, *(int(v) for t in rest for v in np.atleast_1d(t.values))]
-            if sum(s == -1 for s in shape) <= 1 and all(s != 0 for s in shape[1:]):
-                node.attrs["allowzero"] = 0
-                node.inputs[1] = gs.Constant(f"{node.outputs[0].name}.shape", np.array(shape, np.int64))
+        batch, *rest = target.inputs[0].inputs
+        sizes = [int(v) for t in rest for v in (np.atleast_1d(t.values) if isinstance(t, gs.Constant) else [-1])]
+        if not isinstance(batch, gs.Constant) and sizes.count(-1) <= 1 and 0 not in sizes:
+            node.attrs["allowzero"] = 0
+            node.inputs[1] = gs.Constant(f"{node.outputs[0].name}.shape", np.array([0, *sizes], np.int64))
