@@ -264,6 +264,6 @@ def line_search(loss: Callable[[float], float]) -> float:
             break
     for step in FINE_STEPS:
         candidate = min(best + step, 1.0)
-        if candidate != best and (current := loss(candidate)) < best_loss:
+        if candidate != best and ((current := loss(candidate)), -candidate) < (best_loss, -best):
             best, best_loss = candidate, current
     return best

@@ -20,6 +20,8 @@ from pq_export.calib.text import random_crops, read_text, tokenize
 from pq_export.calib.work import WorkDirectory
 from pq_export.calibration import (
     ASSETS_NAME,
+    KV_SITES,
+    SITES,
     Calibration,
     Prefix,
     Rotation,
@@ -168,8 +170,9 @@ def _assemble(
             array = codes.cpu().numpy()
             tensors[f"layers.{index}.{name}.codes"] = pack_int4(array) if plan.precision.weight_bits == 4 else array
             tensors[f"layers.{index}.{name}.scale"] = found.weight[name].float().cpu().numpy()
-        activation_scales |= {f"layers.{index}.{site}": s.item() for site, s in found.activation.items()}
-        kv_scales |= {f"layers.{index}.{site}": tuple(s.tolist()) for site, s in found.kv.items()}
+        # In a fixed order: results that were kept on disk come back in another one.
+        activation_scales |= {f"layers.{index}.{s}": found.activation[s].item() for s in SITES if s in found.activation}
+        kv_scales |= {f"layers.{index}.{s}": tuple(found.kv[s].tolist()) for s in KV_SITES if s in found.kv}
     key = prefix_key(tensors, token_ids, rotation, decoder.config)
     if token_ids:
         for index, layer in enumerate(decoder.layers):

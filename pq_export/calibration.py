@@ -35,7 +35,7 @@ import safetensors.numpy
 
 from pq_export import __version__
 from pq_export.decoder import DecoderConfig
-from pq_export.errors import IntegrityError
+from pq_export.errors import IntegrityError, UsageError
 from pq_export.precision import Precision
 from pq_export.quantizer import code_range, pack_int4, unpack_int4
 
@@ -232,7 +232,7 @@ def load_calibration(directory: Path) -> Calibration:
         payload = path.read_bytes()
     except OSError as error:
         raise IntegrityError(f"cannot be read: {error.strerror}", where=path, cure="Calibrate again.") from None
-    if hashlib.sha256(payload).hexdigest() != document["tensors_sha256"]:
+    if hashlib.sha256(payload).hexdigest() != document.get("tensors_sha256"):
         raise IntegrityError(
             "does not match the hash in calibration.json: it was altered or truncated",
             where=path,
@@ -240,11 +240,11 @@ def load_calibration(directory: Path) -> Calibration:
         )
     try:
         calibration = _from_document(document, safetensors.numpy.load(payload))
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        _check(calibration, directory)
+    except (KeyError, TypeError, ValueError, UsageError, safetensors.SafetensorError) as error:
         raise IntegrityError(
             f"is incomplete or malformed ({type(error).__name__}: {error})", where=directory, cure="Calibrate again."
         ) from None
-    _check(calibration, directory)
     return calibration
 
 
@@ -267,21 +267,36 @@ def _from_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
 
 
 def _check(calibration: Calibration, where: Path) -> None:
-    """Refuse what would make a wrong graph rather than an error: missing or impossible scales and KV."""
-    low, high = code_range(calibration.precision.weight_bits)
-    for linear in calibration.linear_names():
-        scale = calibration.tensors[f"{linear}.scale"]
-        if not (np.isfinite(scale).all() and (scale > 0).all()):
+    """Refuse what would make a wrong graph rather than an error: missing or impossible codes, scales and KV."""
+    c = calibration
+    low, high = code_range(c.precision.weight_bits)
+    for linear in c.linear_names():
+        scale, codes = c.tensors[f"{linear}.scale"], c.weight_codes(linear)
+        if scale.shape != c.linear_shape(linear)[:1] or not (np.isfinite(scale).all() and (scale > 0).all()):
             raise IntegrityError("has a weight scale that is not positive and finite", where=f"{where}: {linear}")
-        codes = calibration.weight_codes(linear)
-        if codes.shape != calibration.linear_shape(linear) or codes.min() < low or codes.max() > high:
+        if codes.shape != c.linear_shape(linear) or codes.min() < low or codes.max() > high:
             raise IntegrityError("has weight codes of the wrong shape or range", where=f"{where}: {linear}")
-    scales = [s for group in calibration.kv_scales.values() for s in group]
-    scales += list(calibration.activation_scales.values())
-    if not all(np.isfinite(s) and s > 0 for s in scales):
-        raise IntegrityError("has an activation or KV scale that is not positive and finite", where=where)
-    expected = prefix_key(calibration.tensors, calibration.prefix.token_ids, calibration.rotation, calibration.decoder)
-    if calibration.prefix.key != expected:
+    _check_scales(c, where)
+    if c.prefix.key != prefix_key(c.tensors, c.prefix.token_ids, c.rotation, c.decoder):
         raise IntegrityError(
             "has a prefix KV that belongs to other weights, rotation or RoPE", where=where, cure="Calibrate again."
         )
+    prefix = (c.decoder.num_kv_heads, len(c.prefix.token_ids), c.decoder.head_dim)
+    for index, pair in enumerate(c.prefix_kv() or []):
+        if any(t.shape != prefix or t.dtype != np.float16 or not np.isfinite(t).all() for t in pair):
+            raise IntegrityError("has a prefix KV of the wrong shape or not finite", where=f"{where}: layer {index}")
+
+
+def _check_scales(c: Calibration, where: Path) -> None:
+    """Every quantizer has its scales, and every scale is positive and finite."""
+    layers = [f"layers.{i}" for i in range(c.decoder.num_layers)]
+    sites = {f"{layer}.{s}" for layer in layers for s in SITES} if c.precision.activation_bits < 16 else set()
+    kv_sites = {f"{layer}.{s}" for layer in layers for s in KV_SITES} if c.precision.kv_bits < 16 else set()
+    if missing := sorted((sites ^ set(c.activation_scales)) | (kv_sites ^ set(c.kv_scales))):
+        raise IntegrityError("lacks the scale of a quantizer, or has one too many", where=f"{where}: {missing[0]}")
+    heads = c.decoder.num_kv_heads if c.precision.kv_per_head else 1
+    if any(len(scales) != heads for scales in c.kv_scales.values()):
+        raise IntegrityError(f"does not have {heads} KV scales at every site", where=where)
+    scales = [*c.activation_scales.values(), *(s for group in c.kv_scales.values() for s in group)]
+    if not all(np.isfinite(s) and s > 0 for s in scales):
+        raise IntegrityError("has an activation or KV scale that is not positive and finite", where=where)

@@ -14,6 +14,8 @@ from pq_export.errors import PqExportError
 
 def check_output(path: Path, force: bool) -> None:
     """Refuse, before any work, an output that could not or should not be written."""
+    if path.name in ("", ".."):
+        raise PqExportError("is not a name for a new directory", where=path, cure="Give another -o.")
     if path.is_file() or path.is_symlink():
         raise PqExportError("is a file; the output is a directory", where=path, cure="Give another -o.")
     if path.is_dir() and any(path.iterdir()) and not force:
@@ -49,7 +51,12 @@ def replace_directory(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

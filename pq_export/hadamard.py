@@ -38,51 +38,35 @@ def prime_power(q: int) -> tuple[int, int] | None:
     return None
 
 
-def _field_elements(p: int, k: int) -> list[tuple[int, ...]]:
-    return list(itertools.product(range(p), repeat=k))
+Polynomial = tuple[int, ...]  # coefficients over GF(p), lowest first
 
 
-def _multiply(a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...], p: int) -> tuple[int, ...]:
-    """Product in GF(p)[x] / modulus; coefficients lowest first, modulus monic without its top term."""
-    k = len(modulus)
-    product = [0] * (2 * k - 1)
+def _remainder(polynomial: Polynomial, divisor: Polynomial, p: int) -> Polynomial:
+    """``polynomial`` modulo the monic ``divisor``."""
+    rest, degree = list(polynomial), len(divisor) - 1
+    for top in range(len(rest) - 1, degree - 1, -1):
+        leading = rest[top]
+        for i, coefficient in enumerate(divisor):
+            rest[top - degree + i] -= leading * coefficient
+    return tuple(c % p for c in rest[:degree])
+
+
+def _product(a: Polynomial, b: Polynomial) -> Polynomial:
+    result = [0] * (len(a) + len(b) - 1)
     for i, x in enumerate(a):
         for j, y in enumerate(b):
-            product[i + j] += x * y
-    for top in range(2 * k - 2, k - 1, -1):
-        for i, m in enumerate(modulus):
-            product[top - k + i] -= product[top] * m
-    return tuple(c % p for c in product[:k])
+            result[i + j] += x * y
+    return tuple(result)
 
 
-def _squares(p: int, k: int) -> set[tuple[int, ...]]:
-    """Non-zero squares of GF(p^k): found with the first modulus that makes a field.
-
-    The ring is a field exactly when no product of non-zero elements is zero; squaring is then 2-to-1,
-    so (q - 1) / 2 distinct non-zero squares and no zero among them is the test used.
-    """
-    zero = (0,) * k
-    for modulus in itertools.product(range(p), repeat=k):
-        if k > 1 and not _is_irreducible(modulus, p):
-            continue
-        return {_multiply(a, a, modulus, p) for a in _field_elements(p, k) if a != zero}
-    raise AssertionError(f"GF({p}^{k}) has an irreducible modulus")
-
-
-def _is_irreducible(modulus: tuple[int, ...], p: int) -> bool:
-    """Whether x^k + modulus has no monic factor of degree 1..k/2 over GF(p)."""
-    k = len(modulus)
-    full = [*modulus, 1]
-    for degree in range(1, k // 2 + 1):
-        for low in itertools.product(range(p), repeat=degree):
-            rest = list(full)
-            for top in range(k, degree - 1, -1):
-                for i, c in enumerate((*low, 1)):
-                    rest[top - degree + i] = (rest[top - degree + i] - rest[top] * c) % p if i < degree else rest[top]
-                rest[top] = 0
-            if not any(rest[:degree]):
-                return False
-    return True
+def _irreducible(p: int, k: int) -> Polynomial:
+    """The first monic polynomial of degree ``k`` without a monic factor of degree 1..k/2: it makes GF(p^k)."""
+    for low in itertools.product(range(p), repeat=k):
+        candidate = (*low, 1)
+        factors = ((*f, 1) for degree in range(1, k // 2 + 1) for f in itertools.product(range(p), repeat=degree))
+        if all(any(_remainder(candidate, factor, p)) for factor in factors):
+            return candidate
+    raise AssertionError(f"GF({p}^{k}) exists")
 
 
 def jacobsthal(q: int) -> np.ndarray | None:
@@ -91,13 +75,15 @@ def jacobsthal(q: int) -> np.ndarray | None:
     if power is None or power[0] == 2:
         return None
     p, k = power
-    elements, squares = np.array(_field_elements(p, k)), _squares(p, k)
-    weights = p ** np.arange(k)
+    modulus, zero = _irreducible(p, k), (0,) * k
+    elements = list(itertools.product(range(p), repeat=k))
+    squares = {_remainder(_product(a, a), modulus, p) for a in elements if a != zero}
+    place = p ** np.arange(k)  # an element as one number: its digits to base p
     character = np.full(q, -1, dtype=np.int8)
     character[0] = 0
-    character[[int(np.dot(s, weights)) for s in squares]] = 1
-    difference = (elements[:, None, :] - elements[None, :, :]) % p
-    return character[difference @ weights]
+    character[[int(np.dot(square, place)) for square in squares]] = 1
+    values = np.array(elements)
+    return character[((values[:, None, :] - values[None, :, :]) % p) @ place]
 
 
 def paley(order: int) -> np.ndarray | None:

@@ -36,6 +36,12 @@ class Plan:
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            expected = int if "int" in str(field.type) else str
+            if not (isinstance(value, expected) and not isinstance(value, bool)) and field.default is not value:
+                kind = "a whole number" if expected is int else "text"
+                raise UsageError(f"{field.name} is {value!r}, not {kind}")
         if self.rotate not in ("online", "offline", "none"):
             raise UsageError(f"--rotate {self.rotate} is not possible", cure="Use online, offline or none.")
         for name, least in (("calib_samples", 1), ("seq_len", 16), ("search_samples", 1), ("search_seq_len", 16)):

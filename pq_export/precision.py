@@ -46,6 +46,7 @@ class Precision:
     def parse(cls, text: str) -> Precision:
         """Inverse of ``str``: ``W4A4KV4``."""
         match = re.fullmatch(r"W(\d+)A(\d+)KV(\d+)", text)
-        if match is None:
+        bits = tuple(map(int, match.groups())) if match else ()
+        if bits[:2] not in WEIGHT_ACTIVATION.values() or bits[2] not in KV_BITS:
             raise UsageError(f"'{text}' is not a precision such as W4A4KV4")
-        return cls(*map(int, match.groups()))
+        return cls(*bits)

@@ -8,7 +8,7 @@ widens everything else to fp64, quantizers keep rounding in fp32: the reference 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -141,9 +141,10 @@ def tap_codes(decoder: Decoder, tap: Tap) -> list[torch.utils.hooks.RemovableHan
     handles = []
 
     def hook(module: QuantLinear | KVQuantizer, site: str) -> None:
-        handles.append(
-            module.register_forward_pre_hook(lambda m, args: tap(site, m.codes_of(args[0]), m.steps_of(args[0])))
-        )
+        def show(seen: Any, args: tuple[Tensor, ...]) -> None:  # a hook that returned something would change the input
+            tap(site, seen.codes_of(args[0]), seen.steps_of(args[0]))
+
+        handles.append(module.register_forward_pre_hook(show))
 
     for index, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp

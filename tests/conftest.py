@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
@@ -23,6 +24,8 @@ from pq_export.stages import Stages
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+settings.register_profile("repeatable", derandomize=True, database=None)  # the same examples in every run
+settings.load_profile("repeatable")
 
 VOCAB = 320
 BOS, EOS = 1, 2

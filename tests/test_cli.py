@@ -55,7 +55,18 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 def exported(tiny_llama_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``out`` and ``out.calib`` of one whole run."""
     directory = tmp_path_factory.mktemp("exported")
-    arguments = [tiny_llama_dir, "--w4a4", *FAST, *CHECK, "--calib-data", text_file, "--text", text_file, "-o", directory / "out"]
+    arguments = [
+        tiny_llama_dir,
+        "--w4a4",
+        *FAST,
+        *CHECK,
+        "--calib-data",
+        text_file,
+        "--text",
+        text_file,
+        "-o",
+        directory / "out",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pq_export", *map(str, arguments)], capture_output=True, text=True, check=False
     )
@@ -66,13 +77,25 @@ def exported(tiny_llama_dir: Path, text_file: Path, tmp_path_factory: pytest.Tem
 
 def test_one_command_writes_a_whole_bundle(exported: Path) -> None:
     files = {path.name for path in (exported / "out").iterdir()}
-    assert files >= {"model.onnx", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                     "pq_config.json", "report.json", "report.html"}
+    assert files >= {
+        "model.onnx",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "pq_config.json",
+        "report.json",
+        "report.html",
+    }
     assert {path.name for path in exported.iterdir()} == {"out", "out.calib", "stdout.txt"}
     report = json.loads((exported / "out" / "report.json").read_text())
     assert report["validation"]["passed"]
     assert [stage["name"] for stage in report["stages"]][:4] == [
-        "load checkpoint", "rewrite weights", "find outlier tokens", "collect ranges"]
+        "load checkpoint",
+        "rewrite weights",
+        "find outlier tokens",
+        "collect ranges",
+    ]
     assert all(stage["seconds"] > 0 and stage["peak_rss"] > 2**20 for stage in report["stages"])
     text = (exported / "stdout.txt").read_text()
     assert "Perplexity" in text and "Checks" in text and "What is the capital of France?" in text
@@ -81,19 +104,39 @@ def test_one_command_writes_a_whole_bundle(exported: Path) -> None:
 def test_two_runs_give_byte_identical_bundles_and_calibrations(
     exported: Path, pq: Runner, tiny_llama_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    again = pq(tiny_llama_dir, "--w4a4", *FAST, *CHECK, "--calib-data", text_file, "--text", text_file, "-o", tmp_path / "again")
+    again = pq(
+        tiny_llama_dir,
+        "--w4a4",
+        *FAST,
+        *CHECK,
+        "--calib-data",
+        text_file,
+        "--text",
+        text_file,
+        "-o",
+        tmp_path / "again",
+    )
     assert again.code == 0, again.err
     first, second = digests(exported / "out"), digests(tmp_path / "again")
     assert first == second and len(first) >= 6
     assert digests(exported / "out.calib") == digests(tmp_path / "again.calib")
 
 
-def test_a_second_run_keeps_the_calibration(
-    exported: Path, pq: Runner, tiny_llama_dir: Path, text_file: Path
-) -> None:
+def test_a_second_run_keeps_the_calibration(exported: Path, pq: Runner, tiny_llama_dir: Path, text_file: Path) -> None:
     before = digests(exported / "out")
-    result = pq(tiny_llama_dir, "--w4a4", *FAST, *CHECK, "--calib-data", text_file, "--text", text_file, "--force",
-                "-o", exported / "out")
+    result = pq(
+        tiny_llama_dir,
+        "--w4a4",
+        *FAST,
+        *CHECK,
+        "--calib-data",
+        text_file,
+        "--text",
+        text_file,
+        "--force",
+        "-o",
+        exported / "out",
+    )
     assert result.code == 0
     assert "calibrate (kept from an earlier run)" in result.err
     assert "search scales" not in result.err
@@ -131,7 +174,9 @@ def test_generate_streams_the_tokens_of_the_runtime(exported: Path, pq: Runner) 
     plain = pq("generate", exported / "out", "-p", "w5 w6 w7", "-n", 8)
     document = json.loads(pq("generate", exported / "out", "-p", "w5 w6 w7", "-n", 8, "--json").out)
     assert plain.code == 0 and plain.out.strip() == document["text"].strip() != ""
-    sampled = [pq("generate", exported / "out", "-p", "w5", "-n", 8, "--temperature", 2.0, "--seed", s).out for s in (1, 1, 2)]
+    sampled = [
+        pq("generate", exported / "out", "-p", "w5", "-n", 8, "--temperature", 2.0, "--seed", s).out for s in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
     pq.refuses("generate", exported / "out", "-p", "w5", "--chat", says=("no chat template",))
 
@@ -146,7 +191,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pq: Runner, tiny_llama_dir: 
 
 def test_recipe_file_and_flags(pq: Runner, tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("precision: w4a8\nkv: 8\nrotate: offline\ncalib-samples: 9\n")
-    plan = json.loads(pq(tiny_llama_dir, "--recipe", tmp_path / "recipe.yaml", "--rotate", "none", "--dry-run", "--json").out)["plan"]
+    plan = json.loads(
+        pq(tiny_llama_dir, "--recipe", tmp_path / "recipe.yaml", "--rotate", "none", "--dry-run", "--json").out
+    )["plan"]
     assert (plan["precision"], plan["rotate"], plan["calib_samples"]) == ("W4A8KV8", "none", 9)
 
 
@@ -173,8 +220,23 @@ def test_interrupted_it_says_how_to_go_on(
 def test_every_precision_validates(
     pq: Runner, tiny_llama_dir: Path, text_file: Path, tmp_path: Path, name: str, kv: str
 ) -> None:
-    result = pq(tiny_llama_dir, f"--{name}", "--kv", kv, *FAST, *CHECK, "--num-layers", 2, "--calib-data", text_file,
-                "--text", text_file, "-o", tmp_path / "out", "--json")
+    result = pq(
+        tiny_llama_dir,
+        f"--{name}",
+        "--kv",
+        kv,
+        *FAST,
+        *CHECK,
+        "--num-layers",
+        2,
+        "--calib-data",
+        text_file,
+        "--text",
+        text_file,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
     assert result.code == 0, result.err
     validation = json.loads(result.out)["validation"]
     assert validation["exact"]["min_equal"] == 1.0 and validation["exact"]["greedy_equal"] == 64
@@ -184,8 +246,19 @@ def test_every_precision_validates(
 def test_every_family_validates(
     pq: Runner, checkpoint_dir: Callable[[str], Path], text_file: Path, tmp_path: Path, family: str
 ) -> None:
-    result = pq(checkpoint_dir(family), "--w4a4", *FAST, *CHECK, "--calib-data", text_file, "--text", text_file,
-                "-o", tmp_path / "out", "--json")
+    result = pq(
+        checkpoint_dir(family),
+        "--w4a4",
+        *FAST,
+        *CHECK,
+        "--calib-data",
+        text_file,
+        "--text",
+        text_file,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
     assert result.code == 0, result.err
     assert json.loads(result.out)["validation"]["exact"]["min_equal"] == 1.0
 

@@ -20,7 +20,9 @@ def main() -> None:
     from pq_export.errors import PqExportError
 
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False)
+        if isinstance(code, int):  # --help and --version end through click's own exit
+            sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
