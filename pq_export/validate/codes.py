@@ -110,29 +110,40 @@ def seen(name: str) -> str:
     return f"{name}/seen" if name.endswith(("/codes", "/codes_clamped")) else name
 
 
-def force_block_inputs(model: onnx.ModelProto, layers: int) -> None:
-    """Give every block but the first an input of its own: ``layers.N/input``."""
-    for layer in range(1, layers):
-        stream, forced = block_output(layer - 1), f"layers.{layer}/input"
-        for node in model.graph.node:
+def replace_readers(model: onnx.ModelProto, tensor: str, forced: str, elem_type: int) -> None:
+    """Give the readers of ``tensor`` the new graph input ``forced``; what :func:`expose` shows stays computed."""
+    for node in model.graph.node:
+        if node.output[0] != seen(tensor):
             for position, name in enumerate(node.input):
-                if name == stream:
+                if name == tensor:
                     node.input[position] = forced
-        model.graph.input.append(helper.make_tensor_value_info(forced, TensorProto.FLOAT, ["batch", "sequence", None]))
+    model.graph.input.append(helper.make_tensor_value_info(forced, elem_type, None))
 
 
 def compare_blocks(model: onnx.ModelProto, decoder: Decoder, ids: Tensor, bits_of: dict[str, int]) -> dict[str, Any]:
-    """Every block of the graph on the fake-quant model's own block input.
+    """Every quantizer of the graph on what the fake-quant model had in front of it.
+
+    Each block gets the fake-quant model's block input, and behind each quantizer the graph goes on with the
+    fake-quant model's codes. A code that differs therefore differs by what lies between two quantizers, and
+    not by an earlier difference. INT4-typed codes (``qdq`` form) cannot be fed and go on as computed.
 
     ``bits_of``: site -> bits, which fixes the zero point of the graph's codes.
     """
     reference = reference_run(decoder, ids)
-    layers = len(decoder.layers)
+    layers, signed = len(decoder.layers), _signed_codes(model)
     names = code_outputs(model, list(reference.codes))
     exposed = expose(model, [*names.values(), *(block_output(i) for i in range(layers))])
-    force_block_inputs(exposed, layers)
+    feeds: dict[str, np.ndarray] = {}
+    for layer in range(1, layers):
+        feeds[f"layers.{layer}/input"] = reference.inputs[layer]
+        replace_readers(exposed, block_output(layer - 1), f"layers.{layer}/input", TensorProto.FLOAT)
+    for site, name in names.items():
+        if signed.get(site) != TensorProto.INT4:
+            is_signed = site in signed
+            codes = reference.codes[site] - (0 if is_signed else code_range(bits_of[site])[0])
+            feeds[f"{site}/forced"] = codes.astype(np.int8 if is_signed else np.uint8)
+            replace_readers(exposed, name, f"{site}/forced", TensorProto.INT8 if is_signed else TensorProto.UINT8)
     session = OrtDecoder(exposed.SerializeToString())
-    feeds = {f"layers.{i}/input": reference.inputs[i] for i in range(1, layers)}
     wanted = [seen(n) for n in names.values()] + [block_output(i) for i in range(layers)]
     _, _, values = session.step(ids.numpy(), session.empty(len(ids)), extra=wanted, feeds=feeds)
     sites = _compare(reference, dict(zip(names, values, strict=False)), bits_of, model)
@@ -176,13 +187,13 @@ def _compare(
     return result
 
 
-def _signed_codes(model: onnx.ModelProto) -> set[str]:
-    """Sites whose codes are signed: those whose zero point is an int type, as in the qdq form."""
+def _signed_codes(model: onnx.ModelProto) -> dict[str, int]:
+    """Site -> ONNX type, for sites whose codes are signed: those whose zero point is, as in the qdq form."""
     types = {t.name: t.data_type for t in model.graph.initializer}
     return {
-        node.output[0].removesuffix("/codes")
+        node.output[0].removesuffix("/codes"): types[node.input[2]]
         for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and types.get(node.input[2]) in (TensorProto.INT8, TensorProto.INT4)
+        if node.op_type == "QuantizeLinear" and types[node.input[2]] in (TensorProto.INT8, TensorProto.INT4)
     }
 
 

@@ -4,7 +4,7 @@ Four models see the same tokens: the floating-point model, the same with the pre
 fake-quant model and the graph in onnxruntime. Three comparisons tell apart what could differ:
 
 blocks
-    the shipped graph, block by block on the fake-quant model's inputs: only rounding ties may differ;
+    the shipped graph, every block and quantizer on the fake-quant model's inputs: only ties may differ;
 exact
     its fp64 twin against the fp64 fake-quant model, free running: the same function, code by code;
 free_running
