@@ -80,13 +80,14 @@ def test_integers_equal_what_calibration_simulated(w4a4: dict[str, Any], w8a8: d
         assert all(distance < 1e-3 for distance in distances if distance is not None)
         assert validation["exact"]["min_equal"] >= 0.999
         assert validation["exact"]["greedy_equal"] == validation["exact"]["greedy_steps"] == 64
-        assert validation["exact"]["perplexity_difference"] < 1e-3
+        assert validation["exact"]["perplexity_difference"] < 1e-6
 
 
 def test_w8a8_is_as_good_as_floating_point_and_says_so(w8a8: dict[str, Any]) -> None:
     rows = {row["model"]: row for row in w8a8["validation"]["perplexity"]["rows"]}
     assert rows["ONNX"]["ratio"] < 1.02
-    assert abs(rows["ONNX"]["perplexity"] / rows["fake-quant"]["perplexity"] - 1) < 1e-3
+    # Free running in fp32, ties fall differently here and there; the fp64 twin above has no difference at all.
+    assert abs(rows["ONNX"]["perplexity"] / rows["fake-quant"]["perplexity"] - 1) < 1e-2
     assert "Paris" in w8a8["sample"]["text"]
 
 
