@@ -97,11 +97,15 @@ class Location:
     gguf: Path | None = None
 
     def sha256(self) -> str:
-        """Over the weight files' contents; over the name and commit for a hub id that is not on disk."""
+        """Over the contents of the weights, the configuration and the tokenizer."""
         digest = hashlib.sha256()
-        files = [self.gguf] if self.gguf else sorted((self.directory or Path("/nonexistent")).glob("*.safetensors"))
-        if not files:
-            digest.update(self.name.encode())
+        if self.gguf:
+            files = [self.gguf]
+        else:
+            assert self.directory is not None
+            names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+            others = (self.directory / name for name in names)
+            files = [*sorted(self.directory.glob("*.safetensors")), *(p for p in others if p.is_file())]
         for path in files:
             with open(path, "rb") as file:
                 while chunk := file.read(1 << 24):
@@ -239,7 +243,7 @@ def _read(location: Location, auto_class: Any, what: str, **extra: Any) -> Any:
     except Exception as error:  # transformers raises every kind here; the message is what helps
         message = " ".join(str(error).split())[:300] or type(error).__name__
         cures = {
-            "configuration": "Check config.json; a model that ships its own code needs --trust-remote-code.",
+            "configuration": f"Supported: {', '.join(SUPPORTED)}. A model with code of its own needs --trust-remote-code.",
             "tokenizer": "Put tokenizer.json and tokenizer_config.json beside the weights.",
             "weights": "Download the model again.",
         }

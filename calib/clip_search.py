@@ -32,7 +32,6 @@ KV_FACTORS = tuple(1.0 - 0.05 * i for i in range(16))  # 1.00 .. 0.25
 WEIGHT_FACTORS = tuple(1.0 - 0.05 * i for i in range(10))  # 1.00 .. 0.55
 COARSE_FACTORS = tuple(1.0 - 0.1 * i for i in range(10))  # 1.0 .. 0.1
 FINE_STEPS = (0.05, -0.05, 0.025, -0.025)  # around the best so far, in turn
-SITE_TENSORS = ("self_attn.qkv_input", "self_attn.o_input", "mlp.gate_up_input", "mlp.down_input")
 
 
 @dataclass
@@ -236,8 +235,8 @@ def _search_activations(
         elif site == "mlp.gate_up_input":
             state["inner"] = block.inner(state["h"])
 
-    evaluate = dict(zip(SITE_TENSORS, (at_qkv, at_o, at_gate_up, at_down), strict=True))
-    for site in SITE_TENSORS:
+    evaluate = dict(zip(SITES, (at_qkv, at_o, at_gate_up, at_down), strict=True))
+    for site in SITES:
         base = scale_from_max(ranges[site].to(x.device), bits)
 
         def loss(factor: float, site: str = site, base: Tensor = base) -> float:

@@ -136,7 +136,7 @@ def _search(run: _Run, crops: Tensor, ranges: dict[str, Tensor]) -> list[LayerSc
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     rope, mask = decoder.context(positions, torch.ones_like(ids), 0)
     x, results = decoder.embed(ids), []
-    kept = [run.work.load_layer(i) for i in range(len(decoder.layers))]
+    kept = [run.work.load_layer(i, ids.device) for i in range(len(decoder.layers))]
     with run.stages.stage("search scales", len(decoder.layers), reused=all(k is not None for k in kept)) as advance:
         for index, layer in enumerate(decoder.layers):
             found = kept[index]

@@ -21,7 +21,6 @@ from pq_export.simulate import insert_online_rotations
 
 # Largest change of a logit, relative to the largest logit, that fp32 round-off can explain.
 LOGITS_TOLERANCE = 2e-4
-ROTATE_MODES = ("online", "offline", "none")
 
 
 def rewrite(

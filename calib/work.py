@@ -50,7 +50,7 @@ class WorkDirectory:
     def save(self, name: str, result: dict[str, Any]) -> None:
         self._write_json(name, result)
 
-    def load_layer(self, index: int) -> LayerScales | None:
+    def load_layer(self, index: int, device: torch.device | str = "cpu") -> LayerScales | None:
         document = self._read_json(f"layer{index:03d}")
         path = self.path / f"layer{index:03d}.safetensors"
         if document is None or not path.is_file():
@@ -62,7 +62,7 @@ class WorkDirectory:
         groups: dict[str, dict[str, Tensor]] = {"activation": {}, "kv": {}, "weight": {}, "codes": {}}
         for name, tensor in tensors.items():
             group, _, key = name.partition("/")
-            groups[group][key] = tensor
+            groups[group][key] = tensor.to(device)
         return LayerScales(**groups, factors=document["factors"], error=document["error"])
 
     def save_layer(self, index: int, found: LayerScales) -> None:

@@ -31,7 +31,6 @@ from pq_export.errors import IntegrityError
 FORMAT = "pq-export/bundle"
 SCHEMA_VERSION = 1
 MODEL_NAME, DATA_NAME, CONFIG_NAME = "model.onnx", "model.onnx.data", "pq_config.json"
-REPORT_NAMES = ("report.json", "report.html")
 EXTERNAL_DATA_ABOVE = 2 * 1024**3 - 64 * 1024**2  # a protobuf cannot pass 2 GiB; leave room for the graph
 EXTERNAL_TENSOR_ABOVE = 1024  # bytes; smaller initializers stay in the graph, readable in any viewer
 

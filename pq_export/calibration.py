@@ -61,7 +61,7 @@ KV_SITES = ("self_attn.key", "self_attn.value")
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint this came from. ``sha256`` is over the weight files, in name order."""
+    """The checkpoint this came from. ``sha256`` is over weights, configuration and tokenizer."""
 
     name: str
     format: str

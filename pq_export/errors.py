@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_BELOW_THRESHOLD = 0, 1, 2, 3
+EXIT_ERROR, EXIT_USAGE, EXIT_BELOW_THRESHOLD = 1, 2, 3
+EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
 
 
 class PqExportError(Exception):
@@ -26,6 +27,12 @@ class UsageError(PqExportError):
     """The command line contradicts itself: exit code 2."""
 
     exit_code = EXIT_USAGE
+
+
+class Interrupted(PqExportError):
+    """Ctrl-C at a point where going on takes another command than the one that was interrupted."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class IntegrityError(PqExportError):

@@ -12,10 +12,12 @@ from pathlib import Path
 from pq_export.errors import PqExportError
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Refuse, before any work, an output that could not or should not be written."""
+def check_output(path: Path, force: bool, source: Path | None = None) -> None:
+    """Refuse, before any work, an output that could not or should not be written. ``source`` is what is read."""
     if path.name in ("", ".."):
         raise PqExportError("is not a name for a new directory", where=path, cure="Give another -o.")
+    if source is not None and source.exists() and source.resolve().is_relative_to(path.resolve()):
+        raise PqExportError("holds the input, which writing would delete", where=path, cure="Give another -o.")
     if path.is_file() or path.is_symlink():
         raise PqExportError("is a file; the output is a directory", where=path, cure="Give another -o.")
     if path.is_dir() and any(path.iterdir()) and not force:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pq_export import __version__
 from pq_export.errors import PqExportError, UsageError
 from pq_export.precision import Precision
 
@@ -44,7 +45,13 @@ class Plan:
                 raise UsageError(f"{field.name} is {value!r}, not {kind}")
         if self.rotate not in ("online", "offline", "none"):
             raise UsageError(f"--rotate {self.rotate} is not possible", cure="Use online, offline or none.")
-        for name, least in (("calib_samples", 1), ("seq_len", 16), ("search_samples", 1), ("search_seq_len", 16)):
+        for name, least in (
+            ("calib_samples", 1),
+            ("seq_len", 16),
+            ("search_samples", 1),
+            ("search_seq_len", 16),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
         if not self.prefix:
@@ -60,7 +67,7 @@ class Plan:
 
     def fingerprint(self, checkpoint_sha256: str) -> str:
         """Identifies a calibration: same fingerprint, same result. A text file counts by content."""
-        facts = {**self.to_dict(), "checkpoint": checkpoint_sha256}
+        facts = {**self.to_dict(), "checkpoint": checkpoint_sha256, "pq_export": __version__}
         data = Path(self.calib_data)
         if data.is_file():
             facts["calib_data"] = hashlib.sha256(data.read_bytes()).hexdigest()

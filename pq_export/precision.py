@@ -32,7 +32,7 @@ class Precision:
 
     @classmethod
     def named(cls, name: str, kv_bits: int | None = None) -> Precision:
-        """``w4a4``-like name and KV bits (default: 4 with 4-bit weights, else 8; 16 when asked for)."""
+        """``w4a4``-like name and KV bits (default: 4 for w4a4 and w4a8, 8 for w8a8, 16 for w4a16)."""
         if name not in WEIGHT_ACTIVATION:
             raise UsageError(f"unknown precision '{name}'", cure=f"Use one of {', '.join(WEIGHT_ACTIVATION)}.")
         weight_bits, activation_bits = WEIGHT_ACTIVATION[name]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
-from pq_export.bundle import Bundle
+from pq_export.bundle import DATA_NAME, EXTERNAL_DATA_ABOVE, EXTERNAL_TENSOR_ABOVE, MODEL_NAME, Bundle
 from pq_export.errors import PqExportError
 from pq_export.rewrite.last_logits import NUM_LOGITS
 
@@ -113,6 +115,16 @@ class OrtDecoder:
         return outputs[0], State(past, attention_mask), outputs[count:]
 
 
+def decoder_of(model: onnx.ModelProto, options: ort.SessionOptions | None = None) -> OrtDecoder:
+    """``model`` (consumed) in a session; above protobuf's 2 GB its weights go through a temporary file."""
+    if sum(len(t.raw_data) for t in model.graph.initializer) <= EXTERNAL_DATA_ABOVE:
+        return OrtDecoder(model.SerializeToString(), options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL_NAME
+        onnx.save(model, path, save_as_external_data=True, location=DATA_NAME, size_threshold=EXTERNAL_TENSOR_ABOVE)
+        return OrtDecoder(path, options)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """``temperature`` 0 is greedy. ``top_p`` keeps the smallest set of tokens with that probability."""
@@ -158,7 +170,7 @@ def load_tokenizer(bundle: Bundle) -> Any:
 
 
 def prompt_ids(bundle: Bundle, tokenizer: Any, text: str, chat: bool) -> list[int]:
-    """Token ids of a prompt. The prefix in the graph holds BOS, so a BOS in front is taken away.
+    """Token ids of a prompt. A BOS in front is taken away where the prefix in the graph holds it.
 
     With a chat template that uses the BOS token as a role marker (it occurs more than once), it stays.
     """
@@ -169,7 +181,7 @@ def prompt_ids(bundle: Bundle, tokenizer: Any, text: str, chat: bool) -> list[in
     else:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = bundle.config["bos_token_id"]
-    if bundle.config["prefix"]["length"] and bos is not None and ids[:1] == [bos] and ids.count(bos) == 1:
+    if bos in bundle.config["prefix"]["token_ids"] and ids[:1] == [bos] and ids.count(bos) == 1:
         ids = ids[1:]
     if not ids:
         raise PqExportError("the prompt is empty", cure="Give some text with -p.")

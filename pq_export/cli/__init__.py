@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
-
 
 def main() -> None:
     """Entry point: user errors become one line, Ctrl-C says how to go on."""
@@ -17,7 +15,7 @@ def main() -> None:
     import click
 
     from pq_export.cli.app import cli
-    from pq_export.errors import PqExportError
+    from pq_export.errors import EXIT_INTERRUPTED, PqExportError
 
     try:
         code = cli.main(standalone_mode=False)
@@ -36,4 +34,7 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `pq-export generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # an unreadable directory, a name that is too long, ...
+        print(f"pq-export: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)

@@ -102,7 +102,7 @@ def validate(bundle: Path, **flags: Any) -> None:
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0.0, max=1.0, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @opt.threads_option
 @click.option("--chat/--raw", default=None, help="Wrap the prompt in the chat template (default: if there is one).")
 @opt.common_options

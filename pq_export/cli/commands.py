@@ -13,7 +13,7 @@ from pq_export.calibration import JSON_NAME, Calibration, load_calibration, read
 from pq_export.cli.console import Screen, bytes_text, output_console, print_json, seconds_text, table
 from pq_export.cli.options import chosen_precision
 from pq_export.cli.tables import print_report, print_validation
-from pq_export.errors import IntegrityError, PqExportError
+from pq_export.errors import IntegrityError, Interrupted, PqExportError, UsageError
 from pq_export.files import check_output
 from pq_export.plan import Plan, resolve_plan
 from pq_export.stages import Stages
@@ -28,19 +28,28 @@ def run_export(model: str, flags: dict[str, Any]) -> bool:
     """``pq-export MODEL``; returns whether validation passed."""
     plan, target = _plan(flags), find_target(flags["target"])
     target.form_for(plan.precision, False, flags["form"])
-    output = flags["output"] or Path("out") / f"{Path(model).stem or 'model'}-{str(plan.precision).lower()}"
+    path = Path(model)
+    name = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
+    output = flags["output"] or Path("out") / f"{name}-{str(plan.precision).lower()}"
     if flags["dry_run"]:
         return _dry_run(model, plan, output, flags)
-    check_output(output, flags["force"])
+    check_output(output, flags["force"], Path(model))
+    check_device(flags["device"])
     calibration_directory = output.with_name(f"{output.name}.calib")
+    if not (calibration_directory / JSON_NAME).is_file():
+        check_output(calibration_directory, flags["force"])
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
         checkpoint = _load(model, plan, flags, stages)
         calibration = _calibrated(checkpoint, plan, calibration_directory, flags, stages)
         del checkpoint
         bundle = build_bundle(calibration, calibration_directory, target, output, flags, stages)
-        fp = _load(model, plan, {**flags, "device": "cpu"}, stages, "load checkpoint again").decoder
-        validation = _validated(bundle, calibration, fp, flags, stages)
+        try:
+            fp = _load(model, plan, {**flags, "device": "cpu"}, stages, "load checkpoint again").decoder
+            validation = _validated(bundle, calibration, fp, flags, stages)
+        except KeyboardInterrupt:
+            cure = f"Go on with: pq-export validate {output} --model {model}"
+            raise Interrupted("interrupted; the bundle is whole but not validated", where=output, cure=cure) from None
         report = _write_report(bundle, calibration, stages.to_list(), validation)
     sample = "".join(_stream(bundle, SAMPLE_PROMPT, SAMPLE_TOKENS))
     if flags["as_json"]:
@@ -63,7 +72,8 @@ def run_calibrate(model: str, flags: dict[str, Any]) -> bool:
     plan, output = _plan(flags), flags["output"]
     if flags["dry_run"]:
         return _dry_run(model, plan, output, flags)
-    check_output(output, flags["force"])
+    check_output(output, flags["force"], Path(model))
+    check_device(flags["device"])
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
         from pq_export.calib.pipeline import calibrate
@@ -80,11 +90,11 @@ def run_build(calibration_directory: Path, flags: dict[str, Any]) -> bool:
     """``pq-export build``."""
     target = find_target(flags["target"])
     calibration = load_calibration(calibration_directory)
-    check_output(flags["output"], flags["force"])
+    check_output(flags["output"], flags["force"], calibration_directory)
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
         bundle = build_bundle(calibration, calibration_directory, target, flags["output"], flags, stages)
-        earlier = _calibration_stages(calibration_directory)
+        earlier = _read_stages(calibration_directory / "stages.json")
         report = _write_report(bundle, calibration, [*earlier, *stages.to_list()], None)
     if flags["as_json"]:
         print_json({**report, "bundle": str(flags["output"])})
@@ -96,7 +106,9 @@ def run_build(calibration_directory: Path, flags: dict[str, Any]) -> bool:
 def run_validate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
     """``pq-export validate``; returns whether it passed."""
     bundle = open_bundle(bundle_directory)
-    calibration_directory = flags["calib"] or bundle_directory.with_name(f"{bundle_directory.name}.calib")
+    here = bundle_directory.resolve()
+    calibration_directory = flags["calib"] or here.with_name(f"{here.name}.calib")
+    check_device(flags["device"])
     calibration = load_calibration(calibration_directory)
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
@@ -114,7 +126,9 @@ def run_validate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
                 )
             fp = checkpoint.decoder
         validation = _validated(bundle, calibration, fp, flags, stages)
-        _write_report(bundle, calibration, stages.to_list(), validation)
+        own = {record.name for record in stages.records}
+        earlier = [s for s in _read_stages(bundle.directory / "report.json") if s["name"] not in own]
+        _write_report(bundle, calibration, [*earlier, *stages.to_list()], validation)
     if flags["as_json"]:
         print_json(validation)
     else:
@@ -201,17 +215,21 @@ def _calibrated(checkpoint: Any, plan: Plan, directory: Path, flags: dict[str, A
     from pq_export.calib.pipeline import calibrate
 
     if (directory / JSON_NAME).is_file():
-        document = read_calibration_json(directory)
-        same = document.get("fingerprint") == plan.fingerprint(checkpoint.source.sha256)
-        if same:
-            with stages.stage("calibrate", reused=True):
-                return load_calibration(directory)
-        if document["source"]["sha256"] != checkpoint.source.sha256 and not flags["force"]:
-            raise IntegrityError(
-                f"belongs to another checkpoint ({document['source']['name']})",
-                where=directory,
-                cure="Give another -o, or --force to replace it.",
-            )
+        try:
+            document = read_calibration_json(directory)
+            if document.get("fingerprint") == plan.fingerprint(checkpoint.source.sha256):
+                with stages.stage("calibrate", reused=True):
+                    return load_calibration(directory)
+            source = document.get("source") or {}
+            if source.get("sha256") != checkpoint.source.sha256:
+                raise IntegrityError(
+                    f"belongs to another checkpoint ({source.get('name')})",
+                    where=directory,
+                    cure="Give another -o, or --force to replace it.",
+                )
+        except IntegrityError:
+            if not flags["force"]:
+                raise
     return calibrate(checkpoint, plan, directory, stages)
 
 
@@ -248,12 +266,24 @@ def _write_report(
     return report
 
 
-def _calibration_stages(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "stages.json"
+def _read_stages(path: Path) -> list[dict[str, Any]]:
+    """Stage records of an earlier command, from its ``stages.json`` or ``report.json``."""
     try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # only the report's table of times would show them
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return list(document["stages"] if isinstance(document, dict) else document)
+    except (OSError, ValueError, KeyError, TypeError):  # only the report's table of times would show them
         return []
+
+
+def check_device(name: str) -> None:
+    """Refuse a PyTorch device that is not there, before any work."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used ({reason})", cure="Use cpu.") from None
 
 
 def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | None = None) -> Any:
@@ -278,15 +308,22 @@ def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | Non
     decoder = OrtDecoder(bundle.model_path, session_options(weight_bits, flags["threads"]))
     sampling = Sampling(flags["temperature"], flags["top_p"], flags["seed"])
     room = bundle.config["max_position_embeddings"] - bundle.config["prefix"]["length"] - len(ids)
+    shown: list[int] = []  # the tokens just printed: some tokenizers strip the space of a text's first token
     pending: list[int] = []
     for token in generate(decoder, ids, min(limit, room), stop_tokens(bundle, tokenizer), sampling):
         pending.append(token)
-        piece = tokenizer.decode(pending, skip_special_tokens=True)
+        piece = _piece(tokenizer, shown, pending)
         if not piece.endswith("\ufffd"):
             yield piece
-            pending = []
+            shown, pending = pending, []
     if pending:
-        yield tokenizer.decode(pending, skip_special_tokens=True)
+        yield _piece(tokenizer, shown, pending)
+
+
+def _piece(tokenizer: Any, shown: list[int], new: list[int]) -> str:
+    """Text that ``new`` tokens add behind ``shown`` ones."""
+    before = tokenizer.decode(shown, skip_special_tokens=True)
+    return str(tokenizer.decode([*shown, *new], skip_special_tokens=True)[len(before) :])
 
 
 def _dry_run(model: str, plan: Plan, output: Path, flags: dict[str, Any]) -> bool:

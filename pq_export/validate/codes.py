@@ -14,7 +14,7 @@ from torch import Tensor
 from pq_export.decoder import Decoder
 from pq_export.quantizer import code_range
 from pq_export.rewrite.streams import block_output
-from pq_export.runtime import OrtDecoder, session_options
+from pq_export.runtime import decoder_of, session_options
 from pq_export.simulate import tap_codes
 
 
@@ -143,7 +143,7 @@ def compare_blocks(model: onnx.ModelProto, decoder: Decoder, ids: Tensor, bits_o
             codes = reference.codes[site] - (0 if is_signed else code_range(bits_of[site])[0])
             feeds[f"{site}/forced"] = codes.astype(np.int8 if is_signed else np.uint8)
             replace_readers(exposed, name, f"{site}/forced", TensorProto.INT8 if is_signed else TensorProto.UINT8)
-    session = OrtDecoder(exposed.SerializeToString())
+    session = decoder_of(exposed)
     wanted = [seen(n) for n in names.values()] + [block_output(i) for i in range(layers)]
     _, _, values = session.step(ids.numpy(), session.empty(len(ids)), extra=wanted, feeds=feeds)
     sites = _compare(reference, dict(zip(names, values, strict=False)), bits_of, model)
@@ -160,7 +160,7 @@ def compare_running(model: onnx.ModelProto, decoder: Decoder, ids: Tensor, bits_
     """The whole graph free running; used on the fp64 twin with the fp64 decoder."""
     reference = reference_run(decoder, ids)
     names = code_outputs(model, list(reference.codes))
-    session = OrtDecoder(expose(model, list(names.values())).SerializeToString(), session_options(fuse=False))
+    session = decoder_of(expose(model, list(names.values())), session_options(fuse=False))
     logits, _, values = session.step(ids.numpy(), session.empty(len(ids)), extra=[seen(n) for n in names.values()])
     sites = _compare(reference, dict(zip(names, values, strict=True)), bits_of, model)
     return {

@@ -25,7 +25,7 @@ from pq_export.bundle import Bundle
 from pq_export.calibration import Calibration
 from pq_export.decoder import Decoder
 from pq_export.errors import IntegrityError, PqExportError
-from pq_export.runtime import OrtDecoder, session_options
+from pq_export.runtime import OrtDecoder, decoder_of, session_options
 from pq_export.simulate import simulated_decoder
 from pq_export.stages import Stages
 from pq_export.targets import find_target
@@ -131,7 +131,7 @@ def _exact(
     twin, decoder = widen(model), simulated_decoder(calibration).double()
     result = compare_running(twin, decoder, ids, bits)
     prompt = ids[:, :PROMPT_TOKENS]
-    graph = OrtDecoder(twin.SerializeToString(), session_options(fuse=False))
+    graph = decoder_of(twin, session_options(fuse=False))
     tokens = onnx_greedy(graph, prompt, steps)
     values = [perplexity(logits_of, ids).value for logits_of in (torch_logits(decoder), onnx_logits(graph))]
     return {
@@ -177,8 +177,8 @@ def _speed(bundle: Bundle, calibration: Calibration, fp: Decoder | None, threads
     options = session_options(calibration.precision.weight_bits, threads)
     decoders: dict[str, Any] = {str(calibration.precision): lambda: OrtDecoder(bundle.model_path, options)}
     if fp is not None:
-        baseline = float_model(export_fp_graph(fp.config), fp).SerializeToString()
-        decoders = {"fp32 ONNX": lambda: OrtDecoder(baseline, session_options(threads=threads)), **decoders}
+        baseline = float_model(export_fp_graph(fp.config), fp)
+        decoders = {"fp32 ONNX": lambda: decoder_of(baseline, session_options(threads=threads)), **decoders}
     room = calibration.decoder.max_position_embeddings - len(calibration.prefix.token_ids) - SPEED_STEPS
     return compare_speed(decoders, calibration.decoder.vocab_size, min(SPEED_PROMPT, room), SPEED_STEPS)
 
