@@ -243,7 +243,7 @@ def _read(location: Location, auto_class: Any, what: str, **extra: Any) -> Any:
     except Exception as error:  # transformers raises every kind here; the message is what helps
         message = " ".join(str(error).split())[:300] or type(error).__name__
         cures = {
-            "configuration": f"Supported: {', '.join(SUPPORTED)}. A model with code of its own needs --trust-remote-code.",
+            "configuration": f"Supported: {', '.join(SUPPORTED)}. Own code needs --trust-remote-code.",
             "tokenizer": "Put tokenizer.json and tokenizer_config.json beside the weights.",
             "weights": "Download the model again.",
         }
