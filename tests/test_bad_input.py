@@ -360,3 +360,31 @@ def test_weights_above_fp16_are_refused_by_name(pq: Runner, checkpoint: Path, te
         says=("lm_head.weight", "FP16"),
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_force_never_deletes_the_input(pq: Runner, checkpoint: Path, made: Path) -> None:
+    pq.refuses(checkpoint, "--w4a4", "-o", checkpoint, "--force", says=("holds the input",))
+    pq.refuses("build", made / "calib", "-o", made, "--force", says=("holds the input",))
+    assert (checkpoint / "config.json").is_file() and (made / "calib" / JSON_NAME).is_file()
+
+
+def test_a_directory_in_the_place_of_the_calibration_is_kept(pq: Runner, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.calib").mkdir()
+    (tmp_path / "out.calib" / "precious").write_text("data")
+    pq.refuses(tiny_llama_dir, "--w4a4", "-o", tmp_path / "out", says=("out.calib", "already exists"))
+    assert (tmp_path / "out.calib" / "precious").read_text() == "data"
+
+
+def test_device_and_seed_that_cannot_be(pq: Runner, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    pq.refuses(
+        tiny_llama_dir, "--w4a4", "--device", "toaster", "-o", tmp_path / "o", code=2, says=("--device toaster",)
+    )
+    pq.refuses(tiny_llama_dir, "--w4a4", "--seed", -1, "-o", tmp_path / "o", code=2, says=("--seed",))
+
+
+def test_force_replaces_a_damaged_calibration(pq: Runner, made: Path, tiny_llama_dir: Path, text_file: Path) -> None:
+    (made / "bundle.calib").mkdir()
+    (made / "bundle.calib" / JSON_NAME).write_text("{}")
+    arguments = (tiny_llama_dir, "--w4a4", "--calib-data", text_file, *SMALL, "--text", text_file, "--windows", 2)
+    end = ("--window", 64, "-o", made / "bundle")
+    assert pq(*arguments, *end, "--force").code == 0

@@ -279,3 +279,27 @@ def test_commands_module_is_the_only_one_that_imports_both_halves() -> None:
         if "pq_export.calib " in path.read_text() or "pq_export.calib." in path.read_text()
     ]
     assert [p for p in offenders if p not in ("cli/commands.py", "calib/__init__.py")] == []
+
+
+def test_interrupted_while_validating_it_names_the_command_that_goes_on(
+    pq: Runner, tiny_llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_validated", interrupted)
+    result = pq(tiny_llama_dir, "--w4a4", *FAST, "--num-layers", 1, "--calib-data", text_file, "-o", tmp_path / "out")
+    assert result.code == 130
+    assert f"pq-export validate {tmp_path / 'out'} --model {tiny_llama_dir}" in result.err
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+def test_text_comes_out_with_its_spaces(exported: Path) -> None:
+    """Tokens are shown one by one; a decoder that strips a first token's space must not join the words."""
+
+    class Stripping:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "".join(f" w{i}" for i in ids).lstrip(" ")
+
+    pieces = [commands._piece(Stripping(), shown, [new]) for shown, new in (([], 1), ([1], 2), ([2], 3))]
+    assert "".join(pieces) == "w1 w2 w3"

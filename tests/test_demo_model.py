@@ -38,17 +38,18 @@ def pq(*arguments: object) -> Any:
 
 
 @pytest.fixture(scope="module")
-def w4a4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What ``make demo`` runs, with one window of perplexity."""
-    return pq(MODEL, "--target", "ort", "--w4a4", "--windows", 1, "-o", tmp_path_factory.mktemp("demo") / "w4a4")
-
-
-@pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with a smaller search: minutes matter in CI."""
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
     path.write_text("search_samples: 4\nsearch_seq_len: 128\ncalib_samples: 16\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def w4a4(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> dict[str, Any]:
+    """What ``make demo`` runs, with a smaller search and one window of perplexity."""
+    output = tmp_path_factory.mktemp("demo") / "w4a4"
+    return pq(MODEL, "--target", "ort", "--w4a4", "--recipe", quick, "--windows", 1, "-o", output)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_every_quantized_linear_runs_in_an_integer_kernel(w8a8: dict[str, Any], 
 
 
 def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], quick: Path, tmp_path: Path) -> None:
-    """Same text, same window: without the prefix the fake-quant model is more than twice as bad."""
+    """Same recipe, same window: without the prefix the fake-quant model is more than twice as bad."""
     pq("calibrate", MODEL, "--w4a4", "--prefix", "none", "--recipe", quick, "-o", tmp_path / "calib")
     simulated = simulated_decoder(load_calibration(tmp_path / "calib"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "calib" / "tokenizer")
