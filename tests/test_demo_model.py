@@ -41,7 +41,7 @@ def pq(*arguments: object) -> Any:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with a smaller search: minutes matter in CI."""
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    path.write_text("search_samples: 4\nsearch_seq_len: 128\ncalib_samples: 16\n")
+    path.write_text("search_samples: 4\nsearch_seq_len: 128\n")
     return path
 
 
@@ -55,7 +55,7 @@ def w4a4(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> dict[str, Any
 @pytest.fixture(scope="module")
 def w8a8(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("demo") / "w8a8"
-    return pq(MODEL, "--w8a8", "--recipe", quick, "--windows", 1, "--speed", "-o", output)
+    return pq(MODEL, "--w8a8", "--recipe", quick, "--calib-samples", 16, "--windows", 1, "--speed", "-o", output)
 
 
 def test_prefix_is_found_and_takes_the_outliers_away(w4a4: dict[str, Any]) -> None:
@@ -123,7 +123,19 @@ def test_every_quantized_linear_runs_in_an_integer_kernel(w8a8: dict[str, Any], 
 
 def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], quick: Path, tmp_path: Path) -> None:
     """Same recipe, same window: without the prefix the fake-quant model is more than twice as bad."""
-    pq("calibrate", MODEL, "--w4a4", "--prefix", "none", "--recipe", quick, "-o", tmp_path / "calib")
+    pq(
+        "calibrate",
+        MODEL,
+        "--w4a4",
+        "--prefix",
+        "none",
+        "--recipe",
+        quick,
+        "--calib-samples",
+        16,
+        "-o",
+        tmp_path / "calib",
+    )
     simulated = simulated_decoder(load_calibration(tmp_path / "calib"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "calib" / "tokenizer")
     window = windows(tokenize(tokenizer, builtin_text(held_out=True)), 2048, 1)
