@@ -94,7 +94,7 @@ validation_options = _stack(
     click.option(
         "--max-ppl-difference",
         type=float,
-        default=0.01,
+        default=0.03,
         show_default=True,
         help="Largest relative perplexity difference, ONNX to fake-quant.",
     ),
