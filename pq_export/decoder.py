@@ -11,7 +11,10 @@ submodule                             what replaces it
 ``self_attn.{q,k}_rotation``          R3: Hadamard over head_dim, after RoPE
 ``mlp.down_rotation``                 R4: Hadamard over the intermediate size
 ``self_attn.{key,value}_quantizer``   static quantizer of the KV cache
+``*_input_quantizer``                 quantizer of the input of qkv, o, gate/up or down, in calibration
 ====================================  =======================================================
+
+A quantizer's name is its site's (:data:`pq_export.calibration.SITES`) with ``_quantizer`` behind it.
 
 Shapes in comments: ``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + S``, ``p`` prefix tokens,
 ``H`` query heads, ``G`` KV heads, ``R = H / G``, ``D`` head_dim.
@@ -162,6 +165,8 @@ class Attention(nn.Module):
         self.k_rotation: nn.Module = nn.Identity()
         self.key_quantizer: nn.Module = nn.Identity()
         self.value_quantizer: nn.Module = nn.Identity()
+        self.qkv_input_quantizer: nn.Module = nn.Identity()
+        self.o_input_quantizer: nn.Module = nn.Identity()
         self.key_cache, self.value_cache = CacheAppend(), CacheAppend()
         self.scaling = float(np.float32(c.head_dim**-0.5))
         self.register_buffer("prefix_key", None, persistent=False)
@@ -169,7 +174,7 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor, rope: KVPair) -> tuple[Tensor, Tensor, Tensor]:
         """Project, rotate and quantize ``x`` [B, S, hidden] -> q [B, H, S, D], k and v [B, G, S, D]."""
-        b = x.shape[0]
+        b, x = x.shape[0], self.qkv_input_quantizer(x)
         q = self.q_norm(self.q_proj(x).view(b, -1, self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(b, -1, self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(b, -1, self.num_kv_heads, self.head_dim).transpose(1, 2)
@@ -192,14 +197,18 @@ class Attention(nn.Module):
         stacked = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * self.scaling
         return (stacked @ k.transpose(2, 3) + mask).softmax(-1)
 
+    def with_prefix(self, k: Tensor, v: Tensor) -> KVPair:
+        """Keys and values [B, G, T, D] behind the prefix's."""
+        if self.prefix_key is None or self.prefix_value is None:
+            return k, v
+        key, value = (t.expand(len(k), -1, -1, -1) for t in (self.prefix_key, self.prefix_value))
+        return torch.cat((key, k), dim=2), torch.cat((value, v), dim=2)
+
     def forward(self, x: Tensor, rope: KVPair, mask: Tensor, past: KVPair) -> tuple[Tensor, KVPair]:
         q, k, v = self.qkv(x, rope)
-        k, v = self.key_cache(past[0], k), self.value_cache(past[1], v)
-        present = (k, v)
-        if self.prefix_key is not None and self.prefix_value is not None:
-            k = torch.cat((self.prefix_key.expand(k.shape[0], -1, -1, -1), k), dim=2)
-            v = torch.cat((self.prefix_value.expand(v.shape[0], -1, -1, -1), v), dim=2)
-        return self.o_proj(self.attend(q, k, v, mask)), present
+        present = self.key_cache(past[0], k), self.value_cache(past[1], v)
+        k, v = self.with_prefix(*present)
+        return self.o_proj(self.o_input_quantizer(self.attend(q, k, v, mask))), present
 
 
 class MLP(nn.Module):
@@ -212,9 +221,16 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.down_rotation: nn.Module = nn.Identity()
+        self.gate_up_input_quantizer: nn.Module = nn.Identity()
+        self.down_input_quantizer: nn.Module = nn.Identity()
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Input of down_proj, rotated but not quantized."""
+        x = self.gate_up_input_quantizer(x)
+        return self.down_rotation(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.down_rotation(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return self.down_proj(self.down_input_quantizer(self.inner(x)))
 
 
 class DecoderLayer(nn.Module):
