@@ -27,6 +27,8 @@ from onnx import TensorProto
 from pq_export import __version__
 from pq_export.calibration import ASSETS_NAME, Calibration
 from pq_export.errors import IntegrityError
+from pq_export.precision import Precision
+from pq_export.quantizer import code_range
 
 FORMAT = "pq-export/bundle"
 SCHEMA_VERSION = 1
@@ -45,6 +47,17 @@ class Bundle:
     @property
     def model_path(self) -> Path:
         return self.directory / MODEL_NAME
+
+    @property
+    def overrides(self) -> dict[str, int]:
+        """Bits that differ from the bundle's precision, see :class:`Calibration`; empty in older bundles."""
+        return dict(self.config.get("overrides", {}))
+
+    @property
+    def max_weight_bits(self) -> int:
+        """The most bits that weights of a linear have."""
+        weights = [bits for name, bits in self.overrides.items() if name.endswith("_proj")]
+        return max([Precision.parse(self.config["precision"]).weight_bits, *weights])
 
 
 def write_bundle(
@@ -74,6 +87,7 @@ def write_bundle(
         "form": form,
         "form_reason": form_reason,
         "precision": str(calibration.precision),
+        "overrides": calibration.overrides,
         "source": asdict(calibration.source),
         "rotation": asdict(calibration.rotation),
         "prefix": {
@@ -114,16 +128,30 @@ def save_model(model: onnx.ModelProto, path: Path, external_data: bool | None) -
 
 
 def kv_cache_facts(calibration: Calibration) -> dict[str, Any]:
-    """Bits and bytes of the cache per token, as the graph's inputs hold it and in FP16."""
-    d, bits = calibration.decoder, calibration.precision.kv_bits
-    values = 2 * d.num_layers * d.num_kv_heads * d.head_dim
-    container = "float32" if bits == 16 else "uint8"
-    return {
-        "bits": bits,
-        "container": container,
-        "bytes_per_token": values * (4 if bits == 16 else 1),
-        "fp16_bytes_per_token": values * 2,
+    """Bits and bytes of the cache per token, as the graph's inputs hold it and in FP16.
+
+    Where tensors of the cache have different bits, ``tensors`` has those of each input: bits, container, zero point.
+    """
+    c = calibration
+    values = c.decoder.num_kv_heads * c.decoder.head_dim
+    bits = {site: c.kv_bits(site) for site in c.kv_sites()}
+    facts: dict[str, Any] = {
+        "bits": c.precision.kv_bits,
+        "container": " and ".join(sorted({_cache_tensor(b)["container"] for b in bits.values()})),
+        "bytes_per_token": sum(values * (4 if b == 16 else 1) for b in bits.values()),
+        "fp16_bytes_per_token": values * 2 * len(bits),
     }
+    if any(b != c.precision.kv_bits for b in bits.values()):
+        names = (site.replace("layers", "past_key_values").replace("self_attn.", "") for site in bits)
+        facts["tensors"] = {name: _cache_tensor(b) for name, b in zip(names, bits.values(), strict=True)}
+    return facts
+
+
+def _cache_tensor(bits: int) -> dict[str, Any]:
+    """How one cache input holds its keys or values."""
+    if bits == 16:
+        return {"bits": bits, "container": "float32", "zero_point": None}
+    return {"bits": bits, "container": "uint8", "zero_point": -code_range(bits)[0]}
 
 
 def scales_summary(calibration: Calibration) -> dict[str, dict[str, float]]:

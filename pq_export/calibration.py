@@ -11,8 +11,8 @@ Tensor names in ``calibration.safetensors``:
 =============================  ===================  =========================================
 name                           dtype, shape         what
 =============================  ===================  =========================================
-``<linear>.codes``             int8 [out, in], or   transformed weight as integers; 4-bit codes
-                               uint8 [out·in / 2]   are packed two to a byte, low nibble first
+``<linear>.codes``             int8 [out, in], or   transformed weight as integers, 8-bit ones as they
+                               uint8 [out·in / 2]   are, 4-bit ones two to a byte, low nibble first
 ``<linear>.scale``             float32 [out]        per output channel
 ``<linear>.bias``              float32 [out]        only where the model has one
 ``embed_tokens.weight`` etc.   float16              not quantized: embedding and lm_head
@@ -36,13 +36,14 @@ import safetensors.numpy
 from pq_export import __version__
 from pq_export.decoder import DecoderConfig
 from pq_export.errors import IntegrityError, UsageError
-from pq_export.precision import Precision
+from pq_export.precision import KV_BITS, OVERRIDE_BITS, Precision, kv_scales_per_head
 from pq_export.quantizer import code_range, pack_int4, unpack_int4
 
 OUTLIER_RATIO = 64.0  # a token is an outlier above this max/median ratio (PrefixQuant, η)
 
 FORMAT = "pq-export/calibration"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+PLAIN_SCHEMA_VERSION = 1  # without overrides: readers that know none would take 8-bit codes for packed 4-bit ones
 JSON_NAME, TENSORS_NAME, ASSETS_NAME = "calibration.json", "calibration.safetensors", "tokenizer"
 
 # Linears of a layer -> the activation site that feeds them. One static scale per site.
@@ -57,6 +58,12 @@ SITE_OF_LINEAR = {
 }
 SITES = tuple(dict.fromkeys(SITE_OF_LINEAR.values()))
 KV_SITES = ("self_attn.key", "self_attn.value")
+
+
+def input_site(linear: str) -> str:
+    """``layers.N.<linear>`` -> ``layers.N.<site>``, the activation site that feeds it."""
+    _, layer, name = linear.split(".", 2)
+    return f"layers.{layer}.{SITE_OF_LINEAR[name]}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,11 @@ class Calibration:
         ``layers.N.<site>`` -> scale of that linear input. Empty at 16-bit activations.
     kv_scales
         ``layers.N.self_attn.key|value`` -> one scale per KV head (4 bit) or a single one (8 bit).
+    overrides
+        Bits that differ from ``precision``: of a linear's weights (``layers.N.<linear>``: 4 or 8), of an activation
+        site (``layers.N.<site>``: 4 or 8; none at 16-bit activations), of a cache (``layers.N.self_attn.key|value``:
+        4, 8 or 16). Sensitive linears kept at 8 bits (QFeM, arXiv 2405.14428, section 4.1) and keys whose biases
+        4 bits do not hold are told this way.
     fingerprint
         Of plan and checkpoint: the same fingerprint means the same calibration.
     bos_token_id
@@ -119,15 +131,35 @@ class Calibration:
     fingerprint: str
     bos_token_id: int | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, int] = field(default_factory=dict)
 
     def linear_names(self) -> list[str]:
         """Every quantized linear, in the order of execution."""
         return [f"layers.{i}.{name}" for i in range(self.decoder.num_layers) for name in SITE_OF_LINEAR]
 
+    def activation_sites(self) -> list[str]:
+        """Every ``layers.N.<site>`` that feeds a linear, quantized or not."""
+        return [f"layers.{i}.{site}" for i in range(self.decoder.num_layers) for site in SITES]
+
+    def kv_sites(self) -> list[str]:
+        """Every ``layers.N.self_attn.key|value``, quantized or not."""
+        return [f"layers.{i}.{site}" for i in range(self.decoder.num_layers) for site in KV_SITES]
+
+    def weight_bits(self, linear: str) -> int:
+        """Bits of the weights of ``layers.N.<linear>``: 4 or 8."""
+        return self.overrides.get(linear, self.precision.weight_bits)
+
+    def activation_bits(self, site: str) -> int:
+        """Bits of ``layers.N.<site>``: 4, 8, or 16 for not quantized."""
+        return self.overrides.get(site, self.precision.activation_bits)
+
+    def kv_bits(self, site: str) -> int:
+        """Bits of ``layers.N.self_attn.key|value``: 4, 8, or 16 for not quantized."""
+        return self.overrides.get(site, self.precision.kv_bits)
+
     def input_scale(self, linear: str) -> float | None:
         """Static scale of the input of ``layers.N.<linear>``; None at 16-bit activations."""
-        _, layer, name = linear.split(".", 2)
-        return self.activation_scales.get(f"layers.{layer}.{SITE_OF_LINEAR[name]}")
+        return self.activation_scales.get(input_site(linear))
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """(out_features, in_features)."""
@@ -146,11 +178,11 @@ class Calibration:
     def weight_codes(self, linear: str) -> np.ndarray:
         """Unpacked int8 codes [out, in]."""
         codes = self.tensors[f"{linear}.codes"]
-        return unpack_int4(codes, self.linear_shape(linear)) if self.precision.weight_bits == 4 else codes
+        return unpack_int4(codes, self.linear_shape(linear)) if self.weight_bits(linear) == 4 else codes
 
-    def store_codes(self, codes: np.ndarray) -> np.ndarray:
-        """int8 codes as they lie in the file."""
-        return pack_int4(codes) if self.precision.weight_bits == 4 else codes
+    def store_codes(self, linear: str, codes: np.ndarray) -> np.ndarray:
+        """int8 codes of ``layers.N.<linear>`` as they lie in the file."""
+        return pack_int4(codes) if self.weight_bits(linear) == 4 else codes
 
     def prefix_kv(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """float16 [G, p, D] key and value of every layer, or None without a prefix."""
@@ -181,10 +213,11 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
     c = calibration
     document = {
         "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION if c.overrides else PLAIN_SCHEMA_VERSION,
         "pq_export": __version__,
         "source": asdict(c.source),
         "precision": str(c.precision),
+        "overrides": c.overrides,
         "decoder": c.decoder.to_dict(),
         "rotation": asdict(c.rotation),
         "prefix": asdict(c.prefix),
@@ -263,15 +296,19 @@ def _from_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
         fingerprint=document["fingerprint"],
         bos_token_id=document["bos_token_id"],
         statistics=document["statistics"],
+        overrides=dict(document.get("overrides", {})),  # absent in files of schema version 1
     )
 
 
 def _check(calibration: Calibration, where: Path) -> None:
     """Refuse what would make a wrong graph rather than an error: missing or impossible codes, scales and KV."""
     c = calibration
-    low, high = code_range(c.precision.weight_bits)
+    _check_overrides(c, where)
     for linear in c.linear_names():
-        scale, codes = c.tensors[f"{linear}.scale"], c.weight_codes(linear)
+        bits = c.weight_bits(linear)
+        if c.tensors[f"{linear}.codes"].dtype != (np.uint8 if bits == 4 else np.int8):
+            raise IntegrityError(f"has weight codes that are not stored as {bits}-bit ones", where=f"{where}: {linear}")
+        scale, codes, (low, high) = c.tensors[f"{linear}.scale"], c.weight_codes(linear), code_range(bits)
         if scale.shape != c.linear_shape(linear)[:1] or not (np.isfinite(scale).all() and (scale > 0).all()):
             raise IntegrityError("has a weight scale that is not positive and finite", where=f"{where}: {linear}")
         if codes.shape != c.linear_shape(linear) or codes.min() < low or codes.max() > high:
@@ -287,16 +324,36 @@ def _check(calibration: Calibration, where: Path) -> None:
             raise IntegrityError("has a prefix KV of the wrong shape or not finite", where=f"{where}: layer {index}")
 
 
+def _check_overrides(c: Calibration, where: Path) -> None:
+    """Every override names something of this model and gives it bits that it can have."""
+    possible: dict[str, tuple[int, ...]] = dict.fromkeys(c.linear_names(), OVERRIDE_BITS)
+    # Nothing at 16 bits has a scale, and a site gets its only scale with the model's own precision.
+    possible |= dict.fromkeys(c.activation_sites(), OVERRIDE_BITS if c.precision.activation_bits < 16 else ())
+    possible |= dict.fromkeys(c.kv_sites(), KV_BITS)
+    for name, bits in c.overrides.items():
+        if name not in possible:
+            raise IntegrityError(f"overrides the bits of {name!r}, which this model does not have", where=where)
+        if type(bits) is not int or bits not in possible[name]:
+            choice = " or ".join(map(str, possible[name])) or f"only those of {c.precision}"
+            raise IntegrityError(
+                f"overrides its bits with {bits!r}; possible: {choice}",
+                where=f"{where}: {name}",
+                cure="Calibrate again without this override.",
+            )
+
+
 def _check_scales(c: Calibration, where: Path) -> None:
     """Every quantizer has its scales, and every scale is positive and finite."""
-    layers = [f"layers.{i}" for i in range(c.decoder.num_layers)]
-    sites = {f"{layer}.{s}" for layer in layers for s in SITES} if c.precision.activation_bits < 16 else set()
-    kv_sites = {f"{layer}.{s}" for layer in layers for s in KV_SITES} if c.precision.kv_bits < 16 else set()
+    sites = {site for site in c.activation_sites() if c.activation_bits(site) < 16}
+    kv_sites = {site for site in c.kv_sites() if c.kv_bits(site) < 16}
     if missing := sorted((sites ^ set(c.activation_scales)) | (kv_sites ^ set(c.kv_scales))):
         raise IntegrityError("lacks the scale of a quantizer, or has one too many", where=f"{where}: {missing[0]}")
-    heads = c.decoder.num_kv_heads if c.precision.kv_per_head else 1
-    if any(len(scales) != heads for scales in c.kv_scales.values()):
-        raise IntegrityError(f"does not have {heads} KV scales at every site", where=where)
+    for site, group in c.kv_scales.items():
+        count = c.decoder.num_kv_heads if kv_scales_per_head(c.kv_bits(site)) else 1
+        if len(group) != count:
+            raise IntegrityError(
+                f"has {len(group)} KV scales; {c.kv_bits(site)} bits take {count}", where=f"{where}: {site}"
+            )
     scales = [*c.activation_scales.values(), *(s for group in c.kv_scales.values() for s in group)]
     if not all(np.isfinite(s) and s > 0 for s in scales):
         raise IntegrityError("has an activation or KV scale that is not positive and finite", where=where)

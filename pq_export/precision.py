@@ -9,6 +9,7 @@ from pq_export.errors import UsageError
 
 WEIGHT_ACTIVATION = {"w4a4": (4, 4), "w4a8": (4, 8), "w8a8": (8, 8), "w4a16": (4, 16)}
 KV_BITS = (4, 8, 16)
+OVERRIDE_BITS = (4, 8)  # what a single linear or activation site may have instead of the model's bits
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Precision:
 
     @property
     def kv_per_head(self) -> bool:
-        return self.kv_bits == 4
+        return kv_scales_per_head(self.kv_bits)
 
     @classmethod
     def named(cls, name: str, kv_bits: int | None = None) -> Precision:
@@ -50,3 +51,8 @@ class Precision:
         if bits[:2] not in WEIGHT_ACTIVATION.values() or bits[2] not in KV_BITS:
             raise UsageError(f"'{text}' is not a precision such as W4A4KV4")
         return cls(*bits)
+
+
+def kv_scales_per_head(bits: int) -> bool:
+    """Whether keys or values of ``bits`` have a scale for each head, and not a single one."""
+    return bits == 4

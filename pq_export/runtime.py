@@ -22,6 +22,7 @@ ONNX_TO_NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "ten
 def session_options(weight_bits: int = 8, threads: int | None = None, fuse: bool = True) -> ort.SessionOptions:
     """Options for the models that this project writes.
 
+    ``weight_bits``: the most that weights of a linear have (:attr:`Bundle.max_weight_bits`).
     ``fuse``: False keeps onnxruntime from fusing nodes into operators of its own, which lack fp64 kernels.
     """
     options = ort.SessionOptions()

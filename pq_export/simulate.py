@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pq_export.calibration import KV_SITES, Calibration
+from pq_export.calibration import KV_SITES, Calibration, input_site
 from pq_export.decoder import Decoder, KVPair
 from pq_export.hadamard import HadamardTransform
 from pq_export.quantizer import code_range, quantize
@@ -105,14 +105,14 @@ def simulated_decoder(calibration: Calibration) -> Decoder:
             tensors[f"{name}.scale"],
             tensors.get(f"{name}.bias"),
             c.input_scale(name),
-            c.precision.activation_bits,
+            c.activation_bits(input_site(name)),
         )
         parent, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(parent), leaf, linear)
     insert_online_rotations(decoder, c.rotation.online)
     for name, scales in c.kv_scales.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), f"{leaf}_quantizer", KVQuantizer(scales, c.precision.kv_bits))
+        setattr(decoder.get_submodule(parent), f"{leaf}_quantizer", KVQuantizer(scales, c.kv_bits(name)))
     prefix = c.prefix_kv()
     decoder.set_prefix(None if prefix is None else [_to_pair(k, v) for k, v in prefix])
     return decoder.eval().requires_grad_(False)

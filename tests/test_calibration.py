@@ -115,7 +115,7 @@ def test_scales_and_tensors_are_those_of_the_precision(
         else:
             assert stored.dtype == np.uint8 and stored.shape == (out * inner // 2,)
         assert c.tensors[f"{linear}.scale"].shape == (out,) and c.tensors[f"{linear}.scale"].dtype == np.float32
-        assert (c.store_codes(c.weight_codes(linear)) == stored).all()
+        assert (c.store_codes(linear, c.weight_codes(linear)) == stored).all()
     assert c.rotation.mode == "online"
     assert c.rotation.online == (("R3", "R4") if name == "w4a4" else ("R4",))  # R3 serves 4-bit keys only
     assert {c.tensors[n].dtype for n in ("embed_tokens.weight", "lm_head.weight")} == {np.dtype(np.float16)}

@@ -304,8 +304,7 @@ def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | Non
     if chat and not tokenizer.chat_template:
         raise PqExportError("has no chat template", where=bundle.directory, cure="Use --raw.")
     ids = prompt_ids(bundle, tokenizer, prompt, chat)
-    weight_bits = int(bundle.config["precision"][1])
-    decoder = OrtDecoder(bundle.model_path, session_options(weight_bits, flags["threads"]))
+    decoder = OrtDecoder(bundle.model_path, session_options(bundle.max_weight_bits, flags["threads"]))
     sampling = Sampling(flags["temperature"], flags["top_p"], flags["seed"])
     room = bundle.config["max_position_embeddings"] - bundle.config["prefix"]["length"] - len(ids)
     shown: list[int] = []  # the tokens just printed: some tokenizers strip the space of a text's first token
@@ -357,6 +356,7 @@ def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
         "name": c.source.name,
         "architecture": c.source.architecture,
         "precision": str(c.precision),
+        "overrides": c.overrides,
         "layers": c.decoder.num_layers,
         "prefix": list(c.prefix.tokens),
         "prefix_ids": list(c.prefix.token_ids),
@@ -375,6 +375,7 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "target": c["target"],
         "form": c["form"],
         "precision": c["precision"],
+        "overrides": bundle.overrides,
         "layers": c["num_layers"],
         "prefix": c["prefix"]["tokens"],
         "prefix_ids": c["prefix"]["token_ids"],

@@ -33,6 +33,7 @@ def render(report: Report) -> str:
     title, pq_export       file name of the model; version of this program
     source, target         name, format, architecture, sha256; name and form
     precision, plan        such as ``W4A4KV4``; option -> value
+    overrides              linear, input or cache of a layer -> bits
     rotation, prefix       mode, seed, offline, online; token_ids and tokens
     outliers_before|after  :meth:`OutlierStatistics.to_dict` and the token texts
     layers                 error [L], clip_factors [L], activation_scales, kv_scales
@@ -74,6 +75,7 @@ def render(report: Report) -> str:
         outlier_tokens=_outlier_tokens(report),
         equality=[e for e in (_equality(validation, key) for key in ("blocks", "exact")) if e],
         layer_rows=_layer_rows(report),
+        overrides=_override_rows(report),
         worst_sites=WORST_SITES,
         sizes_total=_total(sizes, "bytes"),
         parameters_total=_total(sizes, "parameters"),
@@ -227,6 +229,16 @@ def _layer_rows(report: Report) -> list[dict[str, Any]]:
     columns = {name: values for name, values in columns.items() if values}
     length = max((len(values) for values in columns.values()), default=0)
     return [{name: v[i] if i < len(v) else None for name, v in columns.items()} for i in range(length)]
+
+
+def _override_rows(report: Report) -> list[dict[str, Any]]:
+    """A row for each site and bits: which layers have them."""
+    rows = []
+    for site, bits in _by_site(report.get("overrides") or {}, None).items():
+        for own in sorted({b for b in bits if b is not None}):
+            layers = [index for index, b in enumerate(bits) if b == own]
+            rows.append({"site": site, "bits": own, "layers": layers})
+    return rows
 
 
 def _by_site(values: dict[str, Any], gap: Any) -> dict[str, list[Any]]:

@@ -22,6 +22,7 @@ def report_of(
         "source": config["source"],
         "target": {"name": config["target"], "form": config["form"], "reason": config["form_reason"]},
         "precision": config["precision"],
+        "overrides": bundle.overrides,
         "plan": config["plan"],
         "rotation": config["rotation"],
         "prefix": config["prefix"],

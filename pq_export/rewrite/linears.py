@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pq_export.calibration import SITE_OF_LINEAR, Calibration
+from pq_export.calibration import Calibration, input_site
 from pq_export.export.fp_graph import FPGraph
 from pq_export.rewrite.edit import module_output, reconnect, single_node
 from pq_export.rewrite.qlinear import LinearConstants, insert_qlinear
@@ -27,9 +27,7 @@ def quantize_linears(fp: FPGraph, calibration: Calibration) -> None:
         matmul = single_node(fp, name, "MatMul")
         x, output = matmul.inputs[0], module_output(fp, name)
         replaced = fp.nodes_in(name)
-        _, layer, leaf = name.split(".", 2)
-        site = f"layers.{layer}.{SITE_OF_LINEAR[leaf]}"
-        result = insert_qlinear(fp.graph, x, linear_constants(calibration, name), site)
+        result = insert_qlinear(fp.graph, x, linear_constants(calibration, name), input_site(name))
         reconnect(output, result)
         for node in replaced:
             node.inputs.clear()
@@ -46,6 +44,6 @@ def linear_constants(calibration: Calibration, name: str) -> LinearConstants:
         scale=calibration.tensors[f"{name}.scale"],
         bias=calibration.tensors.get(f"{name}.bias"),
         input_scale=None if scale is None else np.float32(scale),
-        weight_bits=calibration.precision.weight_bits,
-        activation_bits=calibration.precision.activation_bits,
+        weight_bits=calibration.weight_bits(name),
+        activation_bits=calibration.activation_bits(input_site(name)),
     )

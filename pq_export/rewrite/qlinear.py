@@ -15,6 +15,9 @@ Definition, for input x [..., K], codes w [K, N], scales s_x (scalar) and s_w [N
     The node as it is, for a runtime that knows the operator.
 
 With 16-bit activations there is no s_x and the product is a floating-point one: ``x @ (w · s_w)``.
+
+Bits belong to the node: one graph may hold linears of 4- and 8-bit weights and sites of 4- and 8-bit codes,
+in any pairing.
 """
 
 from __future__ import annotations

@@ -72,8 +72,9 @@ class Workload:
 
 def check_belongs(bundle: Bundle, calibration: Calibration) -> None:
     """Refuse a calibration that this bundle was not built from."""
-    ours = (bundle.config["source"], bundle.config["prefix"]["key"], bundle.config["precision"])
-    if ours != (asdict(calibration.source), calibration.prefix.key, str(calibration.precision)):
+    c, config = calibration, bundle.config
+    ours = (config["source"], config["prefix"]["key"], config["precision"], bundle.overrides)
+    if ours != (asdict(c.source), c.prefix.key, str(c.precision), c.overrides):
         raise IntegrityError(
             "was not built from this calibration", where=bundle.directory, cure="Give the right one with --calib."
         )
@@ -98,15 +99,15 @@ def validate(
     portable = onnx.load(bundle.model_path)
     find_target(bundle.config["target"]).portable(portable)
     simulated = simulated_decoder(calibration)
-    bits = dict.fromkeys(calibration.activation_scales, calibration.precision.activation_bits)
-    bits |= dict.fromkeys(calibration.kv_scales, calibration.precision.kv_bits)
+    bits = {site: calibration.activation_bits(site) for site in calibration.activation_scales}
+    bits |= {site: calibration.kv_bits(site) for site in calibration.kv_scales}
     result: dict[str, Any] = {"text": work.text}
     with stages.stage("compare integers block by block"):
         result["blocks"] = compare_blocks(model, simulated, head, bits)
     with stages.stage("compare fp64 twin"):
         result["exact"] = _exact(portable, calibration, head, bits, work.greedy_steps)
     del model, portable
-    options = session_options(calibration.precision.weight_bits, work.threads)
+    options = session_options(bundle.max_weight_bits, work.threads)
     graph = OrtDecoder(bundle.model_path, options)
     with stages.stage("compare free running"):
         result["free_running"] = _free_running(graph, simulated, head, work.greedy_steps)
@@ -175,7 +176,7 @@ def _speed(bundle: Bundle, calibration: Calibration, fp: Decoder | None, threads
     from pq_export.export.fp_graph import export_fp_graph
     from pq_export.rewrite.pipeline import float_model
 
-    options = session_options(calibration.precision.weight_bits, threads)
+    options = session_options(bundle.max_weight_bits, threads)
     decoders: dict[str, Any] = {str(calibration.precision): lambda: OrtDecoder(bundle.model_path, options)}
     if fp is not None:
         baseline = float_model(export_fp_graph(fp.config), fp)
