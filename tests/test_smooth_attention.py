@@ -38,10 +38,13 @@ def keys_and_queries(decoder: Decoder, layer: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def enlarge_key_pair(decoder: Decoder, channel: int = 3, factor: float = 30.0) -> None:
-    """Give one RoPE pair of KV head 1 large keys, in layer 0, for every token."""
+    """Give one RoPE pair of KV head 1 large keys and its two query heads small ones, in layer 0: products stay."""
     attention = decoder.layers[0].self_attn
-    weight = attention.k_proj.weight.data.view(attention.num_kv_heads, attention.head_dim, -1)
-    weight[1, [channel, channel + attention.head_dim // 2]] *= factor
+    pair = [channel, channel + attention.head_dim // 2]
+    keys = attention.k_proj.weight.data.view(2, attention.head_dim, -1)
+    queries = attention.q_proj.weight.data.view(4, attention.head_dim, -1)
+    keys[1, pair] *= factor
+    queries[2:, pair] /= factor
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
@@ -105,7 +108,7 @@ def test_factors() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_attention_survives_four_bit_keys_better(load: Callable[[str], Decoder], family: str) -> None:
-    """What it is for: attention weights under 4-bit keys, with a key pair that is 30 times the others."""
+    """What it is for: attention weights under 4-bit keys, in the head whose one pair is 30 times the others."""
     plain = load(family)
     enlarge_key_pair(plain)
     smoothed = copy.deepcopy(plain)
@@ -116,8 +119,8 @@ def test_attention_survives_four_bit_keys_better(load: Callable[[str], Decoder],
         rounded = fake_quantize(k, scale_from_max(k.abs().amax((0, 2, 3)), 4)[:, None, None], 4)
         attention = decoder.layers[0].self_attn
         mask = torch.zeros(1, 1, q.shape[2] * 2, k.shape[2])
-        weights = [attention.attention_weights(q / 4, keys, mask) for keys in (rounded, k)]
-        return (weights[0] - weights[1]).square().mean().item()
+        weights = [attention.attention_weights(q, keys, mask) for keys in (rounded, k)]
+        return (weights[0] - weights[1])[:, 1].square().mean().item()
 
     assert error(smoothed) < 0.5 * error(plain)
 
