@@ -28,14 +28,22 @@ def perplexity(logits_of: LogitsOf, windows: Tensor, advance: Callable[[int], No
     """``windows`` [N, S] of token ids; ``logits_of`` maps [1, S] to logits [1, S, vocab]."""
     total, count, seconds = 0.0, 0, 0.0
     for row in windows:
-        started = time.perf_counter()
-        logits = logits_of(row[None])
-        seconds += time.perf_counter() - started
+        logits, elapsed = timed(logits_of, row[None])
+        seconds += elapsed
         targets = row[1:].to(logits.device)
         nll = torch.nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
         total, count = total + nll.item(), count + len(targets)
         advance(1)
     return Perplexity(float(np.exp(total / count)), windows.numel() / seconds)
+
+
+def timed(logits_of: LogitsOf, ids: Tensor) -> tuple[Tensor, float]:
+    """Logits of ``ids`` and the seconds they took."""
+    started = time.perf_counter()
+    logits = logits_of(ids)
+    if logits.is_cuda:  # a GPU has only been told what to do when the call returns
+        torch.cuda.synchronize(logits.device)
+    return logits, time.perf_counter() - started
 
 
 def torch_logits(decoder: Decoder, prefix_ids: tuple[int, ...] = ()) -> LogitsOf:
