@@ -18,9 +18,9 @@ CALIBRATION = [p for p in os.environ.get("PQ_EXPORT_CALIB_TEXTS", "").split(os.p
 
 
 def pieces(*texts: str) -> list[np.ndarray]:
-    """Token ids of texts, one for each word and each punctuation mark: no model's tokenizer needed."""
+    """Token ids of texts, one for each word and each run of punctuation: no model's tokenizer needed."""
     ids: dict[str, int] = {}
-    return [np.array([ids.setdefault(w, len(ids)) for w in re.findall(r"\w+|[^\w\s]", text)]) for text in texts]
+    return [np.array([ids.setdefault(w, len(ids)) for w in re.findall(r"\w+|[^\w\s]+", text)]) for text in texts]
 
 
 def by_hand(calibration: np.ndarray, evaluation: np.ndarray, n: int) -> list[tuple[int, ...]]:
