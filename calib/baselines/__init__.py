@@ -1,0 +1,1 @@
+"""Rival methods, for comparison in memory only: nothing here is ever exported."""
