@@ -97,6 +97,40 @@ def validate(bundle: Path, **flags: Any) -> None:
 
 
 @cli.command()
+@click.argument("model")
+@opt.calibration_options
+@click.option(
+    "--methods",
+    metavar="NAME,NAME,...",
+    help="Which to run: fp, fp+prefix, rtn, smoothquant, outliertune, static, quarot, quarot+clip, qfep, cushioncache, "
+    "prefix+dynamic, prefixquant-rtn, prefixquant (default: all).",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["gptq", "rtn"]),
+    default="gptq",
+    show_default=True,
+    help="How every method rounds weights that does not name its own: GPTQ, or to nearest after a clip search.",
+)
+@click.option("--text", type=opt.path_type, metavar="FILE", help="Evaluation text (default: held-out built-in text).")
+@click.option("--windows", type=click.IntRange(min=1), default=2, show_default=True, help="Windows to evaluate.")
+@click.option("--window", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens a window.")
+@click.option(
+    "-o", "--output", type=opt.path_type, help="Directory for compare.json and .html (default: out/NAME-...-compare)."
+)
+@opt.output_options
+@opt.common_options
+def compare(model: str, **flags: Any) -> None:
+    """Run rival methods and ours on MODEL and print one table. Nothing of it can be exported.
+
+    Every method sees the same calibration text, weight rounding and evaluation text.
+    """
+    from pq_export.cli.compare import run_compare
+
+    _exit(run_compare(model, flags))
+
+
+@cli.command()
 @click.argument("bundle", type=opt.path_type)
 @click.option("-p", "--prompt", required=True, help="The prompt.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
@@ -111,6 +145,31 @@ def generate(bundle: Path, **flags: Any) -> None:
     from pq_export.cli.commands import run_generate
 
     _exit(run_generate(bundle, flags))
+
+
+@cli.command()
+@click.argument("what", metavar="MODEL|CALIB|OUT")
+@click.option("--tasks", metavar="A,B,...", help="lm-eval tasks, groups or patterns (needs pq-export[eval]).")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N documents of each task.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples shown (default: the task's).")
+@click.option("--include-path", type=opt.path_type, metavar="DIR", help="Your own task YAML files; their code runs.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Most sequences at once.")
+@click.option("--text", type=opt.path_type, metavar="FILE", help="Text to measure perplexity on.")
+@click.option("--windows", type=click.IntRange(min=1), default=20, show_default=True, help="Windows of the text.")
+@click.option("--window", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens a window.")
+@click.option("--model", help="The checkpoint, for KL divergence and top-1 agreement on the text.")
+@opt.device_option
+@opt.threads_option
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's directory.")
+@opt.common_options
+def evaluate(what: str, **flags: Any) -> None:
+    """Score a checkpoint, a calibration or a bundle on tasks and on a text.
+
+    The prefix is in place as it is when the model is used. A bundle runs in onnxruntime.
+    """
+    from pq_export.cli.evaluate import run_evaluate
+
+    _exit(run_evaluate(what, flags))
 
 
 @cli.command()
