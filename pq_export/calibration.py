@@ -305,8 +305,9 @@ def _check(calibration: Calibration, where: Path) -> None:
     c = calibration
     _check_overrides(c, where)
     for linear in c.linear_names():
-        bits = c.weight_bits(linear)
-        if c.tensors[f"{linear}.codes"].dtype != (np.uint8 if bits == 4 else np.int8):
+        bits, stored = c.weight_bits(linear), c.tensors[f"{linear}.codes"]
+        dtype, ndim = (np.uint8, 1) if bits == 4 else (np.int8, 2)  # each would unpack as the other, wrongly
+        if (stored.dtype, stored.ndim) != (dtype, ndim):
             raise IntegrityError(f"has weight codes that are not stored as {bits}-bit ones", where=f"{where}: {linear}")
         scale, codes, (low, high) = c.tensors[f"{linear}.scale"], c.weight_codes(linear), code_range(bits)
         if scale.shape != c.linear_shape(linear)[:1] or not (np.isfinite(scale).all() and (scale > 0).all()):
