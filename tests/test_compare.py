@@ -235,6 +235,11 @@ def test_unknown_method_lists_the_names(pq: Runner, tiny_llama_dir: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_help_lists_every_method(pq: Runner) -> None:
+    listed = " ".join(pq("compare", "--help").out.split())
+    assert f"Which to run: {', '.join(name for name in METHODS)}" in listed
+
+
 def test_calibration_text_is_no_evaluation_text(
     pq: Runner, tiny_llama_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

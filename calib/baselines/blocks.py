@@ -11,7 +11,7 @@ from torch import Tensor
 from pq_export.calib.block import Block, LayerBits
 from pq_export.calib.clip_search import ClipSearchOptions, clip_search
 from pq_export.calib.gptq import GptqOptions, gptq_block
-from pq_export.calib.ranges import collect_ranges
+from pq_export.calib.ranges import Ranges
 from pq_export.calibration import KV_SITES, SITES
 from pq_export.decoder import Decoder
 from pq_export.precision import Precision
@@ -37,17 +37,20 @@ def quantize_blocks(
     decoder: Decoder,
     crops: Tensor,
     precision: Precision,
+    ranges: Ranges,
     place: Place,
     rounding: Rounding,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Quantize ``decoder`` in place; its prefix, if any, stands in front of ``crops`` [N, S] int64.
 
+    ``ranges``: what ``place`` needs of :func:`pq_export.calib.ranges.collect_ranges`; empty for dynamic scales.
     For each block ``place`` puts in the quantizers of inputs, keys and values, then its linears are rounded on
     the quantized inputs. Later blocks see the quantized ones' output.
     """
+    if rounding.gptq is None:  # no step looks at more
+        crops = crops[: rounding.samples, : rounding.length]
     ids = crops.to(decoder.embed_tokens.weight.device)
-    ranges, _ = collect_ranges(decoder, crops)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     context = decoder.context(positions, torch.ones_like(positions), 0)
     bits = LayerBits.of(precision)

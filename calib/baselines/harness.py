@@ -28,6 +28,7 @@ from pq_export.calib.checkpoint import Checkpoint
 from pq_export.calib.gptq import GptqOptions
 from pq_export.calib.outliers import choose_prefix, compute_prefix_kv, observe_outliers, prefix_bos
 from pq_export.calib.pipeline import begin, quantize_decoder
+from pq_export.calib.ranges import Ranges, collect_ranges
 from pq_export.calib.rewrites import rewrite
 from pq_export.calib.text import mixed_crops, read_texts, tokenize
 from pq_export.calib.work import WorkDirectory
@@ -89,7 +90,7 @@ class Arena:
     """What all methods of one comparison share: the checkpoint, the plan, crops and our own prefix."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, rounding: str):
-        self.checkpoint, self.plan, self.rounding_name = checkpoint, plan, rounding
+        self.checkpoint, self.plan = checkpoint, plan
         gptq = next((options for name, options in plan.steps if name == "gptq"), {})
         options = GptqOptions(**gptq) if rounding == "gptq" else None
         self.rounding = Rounding(options, plan.search_samples, plan.search_length)
@@ -118,11 +119,20 @@ class Arena:
         """A copy of the floating-point model to be quantized."""
         return copy.deepcopy(self.checkpoint.decoder)
 
-    def blocks(self, decoder: Decoder, place: Place, stages: Stages) -> Candidate:
-        """Quantize ``decoder`` with the quantizers that ``place`` places and the common weight rounding."""
+    def static_blocks(self, decoder: Decoder, place: Place, rounding: Rounding, stages: Stages) -> Candidate:
+        """Quantize ``decoder`` with the static quantizers that ``place`` makes of the ranges of its sites."""
+        with stages.stage("collect ranges", len(self.crops)) as advance:
+            ranges, _ = collect_ranges(decoder, self.crops, progress=advance)
+        return self._blocks(decoder, ranges, place, rounding, stages)
+
+    def dynamic_blocks(self, decoder: Decoder, place: Place, stages: Stages) -> Candidate:
+        """Quantize ``decoder`` with the dynamic quantizers of ``place``."""
+        return self._blocks(decoder, {}, place, self.rounding, stages)
+
+    def _blocks(self, decoder: Decoder, ranges: Ranges, place: Place, rounding: Rounding, stages: Stages) -> Candidate:
         with stages.stage("quantize blocks", len(decoder.layers)) as advance:
-            quantize_blocks(decoder, self.crops, self.plan.precision, place, self.rounding, advance)
-        return Candidate(decoder, weights=self.rounding_name)
+            quantize_blocks(decoder, self.crops, self.plan.precision, ranges, place, rounding, advance)
+        return Candidate(decoder, weights="rtn" if rounding.gptq is None else "gptq")
 
     def recipe(self, stages: Stages, steps: Steps, prefix: tuple[int, ...] | None = None) -> Candidate:
         """Our own static pipeline with ``steps``, in memory; ``prefix`` replaces the one of the plan."""
@@ -165,17 +175,14 @@ def _fp_prefix(arena: Arena, stages: Stages) -> Candidate:
 
 
 def _rtn(arena: Arena, stages: Stages) -> Candidate:
-    decoder, rtn = arena.decoder(), replace(arena.rounding, gptq=None)
-    with stages.stage("quantize blocks", len(decoder.layers)) as advance:
-        quantize_blocks(decoder, arena.crops, arena.plan.precision, place_maxima, rtn, advance)
-    return Candidate(decoder, weights="rtn")
+    return arena.static_blocks(arena.decoder(), place_maxima, replace(arena.rounding, gptq=None), stages)
 
 
 def _quarot(arena: Arena, stages: Stages, place: Place) -> Candidate:
     decoder, plan = arena.decoder(), arena.plan
     with stages.stage("rewrite weights"):
         rewrite(decoder, "online", plan.seed, stages.progress.note, r3=plan.precision.kv_bits < 16)
-    return arena.blocks(decoder, place, stages)
+    return arena.dynamic_blocks(decoder, place, stages)
 
 
 def _quarot_fixed(arena: Arena, stages: Stages) -> Candidate:
@@ -195,7 +202,7 @@ def _prefix_dynamic(arena: Arena, stages: Stages) -> Candidate:
     with stages.stage("rewrite weights"):
         rewrite(decoder, plan.rotate, plan.seed, stages.progress.note, r3=plan.precision.kv_bits == 4)
     decoder.set_prefix(compute_prefix_kv(decoder, prefix) if prefix else None)
-    return replace(arena.blocks(decoder, _searched_dynamic(arena), stages), prefix=prefix)
+    return replace(arena.dynamic_blocks(decoder, _searched_dynamic(arena), stages), prefix=prefix)
 
 
 def _smoothquant(arena: Arena, stages: Stages) -> Candidate:
@@ -205,7 +212,8 @@ def _smoothquant(arena: Arena, stages: Stages) -> Candidate:
         alpha = choose_alpha(decoder, ranges, plan.precision)
         stages.progress.note(f"alpha {alpha}")
         smooth(decoder, ranges, alpha)
-    return arena.blocks(decoder, place_searched(plan.search_samples, plan.search_length), stages)
+    place = place_searched(plan.search_samples, plan.search_length)
+    return arena.static_blocks(decoder, place, arena.rounding, stages)
 
 
 def _outliertune(arena: Arena, stages: Stages) -> Candidate:
@@ -213,7 +221,8 @@ def _outliertune(arena: Arena, stages: Stages) -> Candidate:
     with stages.stage("fold channel scales", len(arena.crops)) as advance:
         ranges = observe_channels(decoder, arena.crops, progress=advance)
         fold_channel_scales(decoder, ranges, plan.precision.activation_bits)
-    return arena.blocks(decoder, place_searched(plan.search_samples, plan.search_length), stages)
+    place = place_searched(plan.search_samples, plan.search_length)
+    return arena.static_blocks(decoder, place, arena.rounding, stages)
 
 
 def _static(arena: Arena, stages: Stages) -> Candidate:
