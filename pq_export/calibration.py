@@ -306,8 +306,8 @@ def _check(calibration: Calibration, where: Path) -> None:
     _check_overrides(c, where)
     for linear in c.linear_names():
         bits, stored = c.weight_bits(linear), c.tensors[f"{linear}.codes"]
-        dtype, ndim = (np.uint8, 1) if bits == 4 else (np.int8, 2)  # each would unpack as the other, wrongly
-        if (stored.dtype, stored.ndim) != (dtype, ndim):
+        # One layout taken for the other would give codes of the right shape and range.
+        if (str(stored.dtype), stored.ndim) != (("uint8", 1) if bits == 4 else ("int8", 2)):
             raise IntegrityError(f"has weight codes that are not stored as {bits}-bit ones", where=f"{where}: {linear}")
         scale, codes, (low, high) = c.tensors[f"{linear}.scale"], c.weight_codes(linear), code_range(bits)
         if scale.shape != c.linear_shape(linear)[:1] or not (np.isfinite(scale).all() and (scale > 0).all()):
