@@ -103,16 +103,19 @@ def fold_r1(decoder: Decoder, q: Tensor) -> None:
 
 
 def fold_r2(decoder: Decoder, q: Tensor) -> None:
-    """Rotate every value head by ``q`` [head_dim, head_dim]; o_proj undoes it head by head."""
+    """Rotate every value head by ``q`` [head_dim, head_dim]; o_proj undoes it head by head.
+
+    ``q`` [layers, head_dim, head_dim] gives each layer a matrix of its own.
+    """
     c, q = decoder.config, q.to(decoder.embed_tokens.weight.device)
-    for layer in decoder.layers:
+    for layer, matrix in zip(decoder.layers, q.expand(c.num_layers, -1, -1), strict=True):
         v, o = layer.self_attn.v_proj, layer.self_attn.o_proj
         heads = v.weight.double().view(c.num_kv_heads, c.head_dim, c.hidden_size)
-        _set(v.weight, (q.T @ heads).reshape(v.weight.shape))
+        _set(v.weight, (matrix.T @ heads).reshape(v.weight.shape))
         if v.bias is not None:
-            _set(v.bias, (v.bias.double().view(c.num_kv_heads, c.head_dim) @ q).reshape(-1))
+            _set(v.bias, (v.bias.double().view(c.num_kv_heads, c.head_dim) @ matrix).reshape(-1))
         columns = o.weight.double().view(c.hidden_size, c.num_heads, c.head_dim)
-        _set(o.weight, (columns @ q).reshape(o.weight.shape))
+        _set(o.weight, (columns @ matrix).reshape(o.weight.shape))
 
 
 def fold_r4(decoder: Decoder) -> None:

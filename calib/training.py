@@ -8,6 +8,7 @@ step needs the activations of one layer and the streams between layers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -49,6 +50,12 @@ def cosine(steps: int, floor: float = 0.1) -> Callable[[int], float]:
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """bf16 products on a GPU; nothing on a CPU, where bf16 is slower than fp32."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def twin(decoder: Decoder) -> Decoder:
+    """A decoder with modules of its own over the same tensors: quantizers in one leave the other as it was."""
+    shared = (*decoder.parameters(), *decoder.buffers())
+    return copy.deepcopy(decoder, {id(tensor): tensor for tensor in shared})
 
 
 def run_layers(

@@ -22,6 +22,7 @@ from pq_export.calib.training import (
     kl_divergence,
     next_token_loss,
     run_layers,
+    twin,
 )
 from pq_export.decoder import Decoder
 from tests.conftest import VOCAB
@@ -136,3 +137,16 @@ def test_guard_stops_at_nan_and_at_a_lasting_rise() -> None:
     for bad in (math.nan, math.inf):
         with pytest.raises(Diverged, match="at step 1"):
             DivergenceGuard().check(bad)
+
+
+def test_a_twin_shares_tensors_and_nothing_else(tiny_decoder: Decoder) -> None:
+    tiny_decoder.set_prefix(compute_prefix_kv(tiny_decoder, (77, 3)))
+    copied = twin(tiny_decoder)
+    for ours, theirs in zip(copied.parameters(), tiny_decoder.parameters(), strict=True):
+        assert ours is theirs
+    assert copied.layers[1].self_attn.prefix_key is tiny_decoder.layers[1].self_attn.prefix_key
+    before = hidden_states(tiny_decoder, IDS)
+    copied.layers[1].self_attn.o_proj = torch.nn.Linear(64, 48)
+    copied.set_prefix(None)
+    assert torch.equal(hidden_states(tiny_decoder, IDS), before)
+    assert not torch.equal(hidden_states(copied, IDS), before)
