@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass, field
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pq_export.calib.block import Block, install
 from pq_export.calib.checkpoint import Checkpoint
-from pq_export.calib.clip_search import LayerScales, apply_layer, run_layer, search_layer
-from pq_export.calib.outliers import choose_prefix, compute_prefix_kv, observe_outliers, prefix_bos
+from pq_export.calib.outliers import choose_prefix, observe_outliers, prefix_bos
 from pq_export.calib.ranges import collect_ranges
+from pq_export.calib.recipe import kinds_and_options
 from pq_export.calib.rewrites import rewrite
-from pq_export.calib.text import random_crops, read_text, tokenize
+from pq_export.calib.run import Run
+from pq_export.calib.steps import Phase, StepKind
+from pq_export.calib.text import mixed_crops, read_texts, tokenize
 from pq_export.calib.work import WorkDirectory
 from pq_export.calibration import (
     ASSETS_NAME,
@@ -24,11 +28,9 @@ from pq_export.calibration import (
     SITES,
     Calibration,
     Prefix,
-    Rotation,
     prefix_key,
     save_calibration,
 )
-from pq_export.decoder import Decoder
 from pq_export.errors import PqExportError
 from pq_export.files import new_directory
 from pq_export.plan import Plan
@@ -36,20 +38,7 @@ from pq_export.quantizer import pack_int4
 from pq_export.stages import Stages
 
 STAGES_NAME = "stages.json"
-
-
-@dataclass
-class _Run:
-    """State of one calibration while it goes."""
-
-    checkpoint: Checkpoint
-    plan: Plan
-    stages: Stages
-    work: WorkDirectory
-    decoder: Decoder = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.decoder = self.checkpoint.decoder
+Steps = list[tuple[StepKind, Any]]
 
 
 @torch.no_grad()
@@ -58,6 +47,19 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
 
     Interrupted, it leaves ``<output>.work`` and goes on from there when called again with the same plan.
     """
+    run = begin(checkpoint, plan, WorkDirectory(output, plan.fingerprint(checkpoint.source.sha256)), stages)
+    quantize_decoder(run)
+    calibration = assemble(run)
+    with new_directory(output) as directory:
+        save_calibration(calibration, directory)
+        save_assets(checkpoint, directory / ASSETS_NAME)
+        (directory / STAGES_NAME).write_text(json.dumps(stages.to_list(), indent=1) + "\n", encoding="utf-8")
+    run.work.remove()
+    return calibration
+
+
+def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stages) -> Run:
+    """Read the calibration text and rewrite the weights."""
     limit = checkpoint.decoder.config.max_position_embeddings
     if plan.seq_len > limit:
         raise PqExportError(
@@ -65,27 +67,42 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
             where=checkpoint.source.name,
             cure=f"Use --seq-len {limit} or less.",
         )
-    tokens = tokenize(checkpoint.tokenizer, read_text(plan.calib_data))
-    crops = random_crops(tokens, plan.calib_samples, plan.seq_len, plan.seed, plan.calib_data)
-    work = WorkDirectory(output, plan.fingerprint(checkpoint.source.sha256))
-    run = _Run(checkpoint, plan, stages, work)
-    with stages.stage("rewrite weights") as _:
-        rotation = rewrite(run.decoder, plan.rotate, plan.seed, stages.progress.note, r3=plan.precision.kv_bits == 4)
-    token_ids, before = _find_prefix(run, crops)
-    ranges, after = _collect_ranges(run, crops, token_ids)
-    layers = _search(run, crops, ranges)
-    calibration = _assemble(run, rotation, token_ids, layers, {"outliers_before": before, "outliers_after": after})
-    with new_directory(output) as directory:
-        save_calibration(calibration, directory)
-        save_assets(checkpoint, directory / ASSETS_NAME)
-        (directory / STAGES_NAME).write_text(json.dumps(stages.to_list(), indent=1) + "\n", encoding="utf-8")
-    work.remove()
-    return calibration
+    texts = {name: tokenize(checkpoint.tokenizer, text) for name, text in read_texts(plan.calib_data).items()}
+    steps = kinds_and_options(plan)
+    count = max(plan.calib_samples, plan.search_samples, *(kind.crops(options, plan) for kind, options in steps))
+    crops = mixed_crops(texts, count, plan.seq_len, plan.seed)
+    smoothed = any(kind.name == "smooth_attention" for kind, _ in steps)
+    with stages.stage("rewrite weights"):
+        # R3 serves 4-bit keys and nothing else, and SmoothAttention stands in for it.
+        r3 = plan.precision.kv_bits == 4 and not smoothed
+        rotation = rewrite(checkpoint.decoder, plan.rotate, plan.seed, stages.progress.note, r3=r3)
+    return Run(checkpoint, plan, stages, work, crops, rotation)
 
 
-def _find_prefix(run: _Run, crops: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Prefix token ids and the statistics without prefix; sets the prefix KV in the decoder."""
-    kept = run.work.load("prefix")
+def quantize_decoder(run: Run) -> None:
+    """Find the prefix and take the plan's steps, in their phases: ``run.decoder`` is quantized in place."""
+    steps = kinds_and_options(run.plan)
+
+    def of(phase: Phase) -> Steps:
+        return [(kind, options) for kind, options in steps if kind.phase is phase]
+
+    _find_prefix(run)
+    for kind, options in of(Phase.WEIGHTS):
+        kind.run(run, options)
+    _collect_ranges(run)
+    for kind, options in of(Phase.PRECISION):
+        kind.run(run, options)
+    if any(kind.teacher for kind, _ in steps):
+        run.reference = copy.deepcopy(run.decoder)
+    _quantize_blocks(run, of(Phase.BLOCKS))
+    for kind, options in of(Phase.MODEL):
+        _model_step(run, kind, options)
+    run.reference = None
+
+
+def _find_prefix(run: Run) -> None:
+    """Set the prefix token ids and the prefix KV; keep the statistics without prefix."""
+    kept, crops = run.work.load("prefix"), run.calibration_crops
     with run.stages.stage("find outlier tokens", len(crops), reused=kept is not None) as advance:
         if kept is None:
             statistics = observe_outliers(run.decoder, crops, progress=advance)
@@ -99,11 +116,12 @@ def _find_prefix(run: _Run, crops: Tensor) -> tuple[tuple[int, ...], dict[str, A
                 f"model's context of {limit}",
                 cure="Use a smaller --seq-len.",
             )
-        run.decoder.set_prefix(compute_prefix_kv(run.decoder, token_ids) if token_ids else None)
-    return token_ids, kept["statistics"]
+        run.token_ids = token_ids
+        run.set_prefix()
+    run.statistics["outliers_before"] = kept["statistics"]
 
 
-def _prefix_ids(run: _Run, statistics: Any) -> tuple[int, ...]:
+def _prefix_ids(run: Run, statistics: Any) -> tuple[int, ...]:
     tokenizer, prefix = run.checkpoint.tokenizer, run.plan.prefix
     if prefix == "none":
         return ()
@@ -117,8 +135,8 @@ def _prefix_ids(run: _Run, statistics: Any) -> tuple[int, ...]:
     return ids
 
 
-def _collect_ranges(run: _Run, crops: Tensor, token_ids: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    kept, ranges = run.work.load("ranges"), run.work.load_tensors("ranges")
+def _collect_ranges(run: Run) -> None:
+    kept, ranges, crops = run.work.load("ranges"), run.work.load_tensors("ranges"), run.calibration_crops
     reused = kept is not None and ranges is not None
     with run.stages.stage("collect ranges", len(crops), reused) as advance:
         if kept is None or ranges is None:
@@ -126,37 +144,69 @@ def _collect_ranges(run: _Run, crops: Tensor, token_ids: tuple[int, ...]) -> tup
             kept = statistics.to_dict()
             run.work.save_tensors("ranges", ranges)
             run.work.save("ranges", kept)
-    return ranges, kept
+    run.ranges = ranges
+    run.statistics["outliers_after"] = kept
 
 
-def _search(run: _Run, crops: Tensor, ranges: dict[str, Tensor]) -> list[LayerScales]:
+def _quantize_blocks(run: Run, steps: Steps) -> None:
     """Quantize block after block; later blocks see the quantized ones' output."""
     decoder, plan = run.decoder, run.plan
-    ids = crops[: plan.search_samples, : plan.search_length].to(decoder.embed_tokens.weight.device)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    rope, mask = decoder.context(positions, torch.ones_like(ids), 0)
-    x, results = decoder.embed(ids), []
-    kept = [run.work.load_layer(i, ids.device) for i in range(len(decoder.layers))]
-    with run.stages.stage("search scales", len(decoder.layers), reused=all(k is not None for k in kept)) as advance:
+    samples, length = _stream_size(run, steps)
+    ids = run.crops[:samples, :length].to(run.device)
+    positions = torch.arange(length, device=ids.device)[None]
+    context = decoder.context(positions, torch.ones_like(positions), 0)
+    reference_x = x = decoder.embed(ids)
+    window = max((kind.window(options) for kind, options in steps), default=1)
+    recent: deque[Block] = deque(maxlen=window)
+    done = (run.work.load("blocks") or {"done": 0})["done"]
+    kept = [run.work.load_layer(i, ids.device) if i < done else None for i in range(len(decoder.layers))]
+    title = "quantize blocks"
+    with run.stages.stage(title, len(decoder.layers), reused=all(k is not None for k in kept)) as advance:
         for index, layer in enumerate(decoder.layers):
+            prefix = f"layers.{index}."
+            own = {name.removeprefix(prefix): r for name, r in run.ranges.items() if name.startswith(prefix)}
+            block = Block.of(index, layer, context, x, reference_x, run.bits(index), own)
+            recent.append(block)
             found = kept[index]
             if found is not None:
-                apply_layer(layer, found, plan.precision)
-                x = run_layer(layer, x, rope, mask, found, plan.precision)
+                block.found = found
+                install(layer, found, block.bits)
             else:
-                prefix = f"layers.{index}."
-                own = {name.removeprefix(prefix): r for name, r in ranges.items() if name.startswith(prefix)}
-                found, x = search_layer(layer, x, rope, mask, own, plan.precision)
-                run.work.save_layer(index, found)
-            results.append(found)
+                for kind, options in steps:
+                    kind.run(run, list(recent), options)
+                block.found.error = block.measure_error(plan.search_samples)
+                for one in recent:
+                    run.work.save_layer(one.index, one.found)
+                run.work.save("blocks", {"done": index + 1})
+            run.layers.append(block.found)
+            x, reference_x = block.staged().run(block.x), block.reference_y
             advance()
-    return results
 
 
-def _assemble(
-    run: _Run, rotation: Rotation, token_ids: tuple[int, ...], layers: list[LayerScales], outliers: dict[str, Any]
-) -> Calibration:
-    decoder, plan, tokenizer = run.decoder, run.plan, run.checkpoint.tokenizer
+def _stream_size(run: Run, steps: Steps) -> tuple[int, int]:
+    """Crops and tokens that must run through the blocks: as few as the steps need."""
+    plan = run.plan
+    if all(kind.name == "clip_search" for kind, _ in steps):
+        return plan.search_samples, plan.search_length
+    return max(kind.crops(options, plan) for kind, options in steps), plan.seq_len
+
+
+def _model_step(run: Run, kind: StepKind, options: Any) -> None:
+    """A step on the whole model; its result replaces the blocks' files and counts as done after them."""
+    finished = (run.work.load("model") or {"done": []})["done"]
+    if kind.name in finished:
+        with run.stages.stage(kind.name.replace("_", " "), reused=True):
+            return
+    kind.run(run, options)
+    for index, found in enumerate(run.layers):
+        run.work.save_layer(index, found)
+    run.work.save("model", {"done": [*finished, kind.name]})
+
+
+def assemble(run: Run) -> Calibration:
+    """The calibration of a run whose decoder is quantized."""
+    decoder, plan, tokenizer, layers = run.decoder, run.plan, run.checkpoint.tokenizer, run.layers
+    token_ids, rotation = run.token_ids, run.rotation
     tensors: dict[str, np.ndarray] = {}
     for name, parameter in decoder.named_parameters():
         if name in ("embed_tokens.weight", "lm_head.weight"):
@@ -166,9 +216,10 @@ def _assemble(
     activation_scales: dict[str, float] = {}
     kv_scales: dict[str, tuple[float, ...]] = {}
     for index, found in enumerate(layers):
+        bits = run.bits(index)
         for name, codes in found.codes.items():
             array = codes.cpu().numpy()
-            tensors[f"layers.{index}.{name}.codes"] = pack_int4(array) if plan.precision.weight_bits == 4 else array
+            tensors[f"layers.{index}.{name}.codes"] = pack_int4(array) if bits.weight[name] == 4 else array
             tensors[f"layers.{index}.{name}.scale"] = found.weight[name].float().cpu().numpy()
         # In a fixed order: results that were kept on disk come back in another one.
         activation_scales |= {f"layers.{index}.{s}": found.activation[s].item() for s in SITES if s in found.activation}
@@ -180,7 +231,7 @@ def _assemble(
             for which, tensor in zip(("key", "value"), pair, strict=True):
                 assert tensor is not None
                 tensors[f"layers.{index}.prefix.{which}"] = tensor[0].half().cpu().numpy()
-    for statistics in outliers.values():
+    for statistics in (run.statistics["outliers_before"], run.statistics["outliers_after"]):
         if example := statistics["example"]:
             example["tokens"] = [tokenizer.decode([i]) for i in example["token_ids"]]
         statistics["tokens"] = [tokenizer.decode([i]) for i, _ in statistics["token_counts"]]
@@ -197,7 +248,7 @@ def _assemble(
         fingerprint=plan.fingerprint(run.checkpoint.source.sha256),
         bos_token_id=prefix_bos(tokenizer),
         statistics={
-            **outliers,
+            **run.statistics,
             "layer_error": [found.error for found in layers],
             "clip_factors": [found.factors for found in layers],
         },

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pq_export.errors import PqExportError
+from pq_export.errors import PqExportError, UsageError
 
 HUB_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
@@ -50,6 +50,14 @@ def _paragraphs(topic: str) -> list[str]:
 def _runs(paragraph: str) -> Iterator[str]:
     """Every ``SHARED_CHARACTERS`` characters in a row."""
     return (paragraph[i : i + SHARED_CHARACTERS] for i in range(len(paragraph) - SHARED_CHARACTERS + 1))
+
+
+def read_texts(sources: str) -> dict[str, str]:
+    """Texts of comma-separated ``sources`` by name. A path that holds a comma is one source if it is a file."""
+    names = [sources] if Path(sources).is_file() else [name.strip() for name in sources.split(",")]
+    if not all(names):
+        raise UsageError(f"--calib-data {sources!r} names an empty source")
+    return {name: read_text(name) for name in names}
 
 
 def read_text(source: str) -> str:
@@ -118,6 +126,20 @@ def random_crops(tokens: np.ndarray, count: int, length: int, seed: int, where: 
     else:
         starts = rng.integers(0, len(tokens) - length + 1, count)
     return torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]))
+
+
+def mixed_crops(texts: dict[str, np.ndarray], count: int, length: int, seed: int) -> Tensor:
+    """``count`` crops [count, length] that take turns over the token arrays of ``texts``, each equally often.
+
+    Another ``count`` draws other crops.
+    """
+    parts = []
+    for index, (name, tokens) in enumerate(texts.items()):
+        share = (count - index + len(texts) - 1) // len(texts)
+        parts.append(random_crops(tokens, share, length, seed + index, name) if share else None)
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    return torch.stack([parts[i % len(parts)][i // len(parts)] for i in range(count)])  # type: ignore[index]
 
 
 def windows(tokens: np.ndarray, length: int, limit: int | None = None) -> Tensor:

@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pq_export.calib.clip_search import LayerScales
+from pq_export.calib.block import LayerScales
 from pq_export.files import errors_of, write_atomically
+
+GROUPS = ("activation", "kv", "weight", "codes", "norm")  # of a LayerScales, as they lie in its file
 
 
 class WorkDirectory:
@@ -59,7 +61,7 @@ class WorkDirectory:
             tensors = safetensors.torch.load(path.read_bytes())
         except (OSError, safetensors.SafetensorError):
             return None
-        groups: dict[str, dict[str, Tensor]] = {"activation": {}, "kv": {}, "weight": {}, "codes": {}}
+        groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
         for name, tensor in tensors.items():
             group, _, key = name.partition("/")
             groups[group][key] = tensor.to(device)
@@ -68,7 +70,7 @@ class WorkDirectory:
     def save_layer(self, index: int, found: LayerScales) -> None:
         tensors = {
             f"{group}/{name}": tensor.cpu().contiguous()
-            for group in ("activation", "kv", "weight", "codes")
+            for group in GROUPS
             for name, tensor in getattr(found, group).items()
         }
         write_atomically(self.path / f"layer{index:03d}.safetensors", safetensors.torch.save(tensors))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pq_export import __version__
-from pq_export.errors import PqExportError, UsageError
+from pq_export.errors import UsageError
 from pq_export.precision import Precision
 
 
@@ -22,7 +22,8 @@ def default_rotate(precision: Precision) -> str:
 class Plan:
     """Options of one calibration. ``search_*`` are the crops of the scale search, per block.
 
-    Field names are the long options of the command line and the keys of a recipe file.
+    Field names are the long options of the command line and the keys of a recipe file. ``steps``: what is done
+    to the quantized model, in order, as (name, options); ``pq_export.calib.recipe`` knows them.
     """
 
     precision: Precision
@@ -35,9 +36,10 @@ class Plan:
     search_seq_len: int = 256
     seed: int = 0
     num_layers: int | None = None
+    steps: tuple[tuple[str, dict[str, Any]], ...] = (("clip_search", {}),)
 
     def __post_init__(self) -> None:
-        for field in fields(self)[1:]:
+        for field in fields(self)[1:-1]:
             value = getattr(self, field.name)
             expected = int if "int" in str(field.type) else str
             if not (isinstance(value, expected) and not isinstance(value, bool)) and field.default is not value:
@@ -68,36 +70,18 @@ class Plan:
     def fingerprint(self, checkpoint_sha256: str) -> str:
         """Identifies a calibration: same fingerprint, same result. A text file counts by content."""
         facts = {**self.to_dict(), "checkpoint": checkpoint_sha256, "pq_export": __version__}
-        data = Path(self.calib_data)
-        if data.is_file():
-            facts["calib_data"] = hashlib.sha256(data.read_bytes()).hexdigest()
+        whole = Path(self.calib_data)
+        parts = [whole] if whole.is_file() else [Path(name.strip()) for name in self.calib_data.split(",")]
+        facts["calib_data"] = [hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else str(p) for p in parts]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-RECIPE_KEYS = (*(f.name for f in fields(Plan) if f.name != "num_layers"), "kv")
+PLAN_KEYS = tuple(f.name for f in fields(Plan) if f.name not in ("num_layers", "steps"))
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML recipe; unknown keys are refused."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PqExportError(f"cannot be read: {error.strerror}", where=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PqExportError(f"is not YAML ({' '.join(str(error).split())})", where=path) from None
-    if not isinstance(content, dict):
-        raise PqExportError("is not a mapping of options", where=path, cure=f"Keys: {', '.join(RECIPE_KEYS)}.")
-    content = {str(key).replace("-", "_"): value for key, value in content.items()}
-    if unknown := sorted(set(content) - set(RECIPE_KEYS)):
-        raise PqExportError(f"has an unknown key '{unknown[0]}'", where=path, cure=f"Keys: {', '.join(RECIPE_KEYS)}.")
-    return content
-
-
-def resolve_plan(precision: str | None, kv: int | None, recipe: Path | None, **options: Any) -> Plan:
+def resolve_plan(precision: str | None, kv: int | None, recipe: dict[str, Any], **options: Any) -> Plan:
     """Explicit options over the recipe's over the defaults. ``None`` means 'not given'."""
-    content = read_recipe(recipe) if recipe else {}
+    content = dict(recipe)
     given = {name: value for name, value in options.items() if value is not None}
     name = precision or content.pop("precision", None)
     content.pop("precision", None)
@@ -109,4 +93,4 @@ def resolve_plan(precision: str | None, kv: int | None, recipe: Path | None, **o
     try:
         return replace(plan, **{**content, **given})
     except TypeError as error:
-        raise UsageError(f"an option has the wrong type ({error})", where=recipe or "") from None
+        raise UsageError(f"an option has the wrong type ({error})") from None

@@ -194,9 +194,12 @@ def build_bundle(
 
 
 def _plan(flags: dict[str, Any]) -> Plan:
+    from pq_export.calib.recipe import load_recipe
+
     kv = flags.pop("kv")
     options = {name: flags.pop(name) for name in PLAN_FLAGS}
-    return resolve_plan(chosen_precision(flags), None if kv is None else int(kv), flags.pop("recipe"), **options)
+    recipe = load_recipe(flags.pop("recipe"))
+    return resolve_plan(chosen_precision(flags), None if kv is None else int(kv), recipe, **options)
 
 
 def _load(model: str, plan: Plan, flags: dict[str, Any], stages: Stages, title: str = "load checkpoint") -> Any:

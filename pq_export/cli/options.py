@@ -53,14 +53,18 @@ calibration_options = _stack(
     ),
     click.option(
         "--calib-data",
-        metavar="FILE|wikitext2|pile|c4",
-        help="Calibration text (default: a built-in corpus, no download).",
+        metavar="FILE|wikitext2|pile|c4[,...]",
+        help="Calibration text, or several that take turns (default: a built-in corpus, no download).",
     ),
     click.option("--calib-samples", type=int, metavar="N", help="Text crops for ranges and outliers (default 32)."),
     click.option("--seq-len", type=int, metavar="N", help="Tokens a crop (default 512)."),
     click.option("--seed", type=int, help="Seed of crops and rotations (default 0)."),
     click.option("--num-layers", type=int, metavar="N", help="Use only the first N layers: smoke runs."),
-    click.option("--recipe", type=path_type, metavar="FILE", help="YAML file with any of these options."),
+    click.option(
+        "--recipe",
+        metavar="fast|default|best|npu|FILE",
+        help="Steps to take, and any of these options, as a YAML file (default: default).",
+    ),
     device_option,
     click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's directory."),
 )

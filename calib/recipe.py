@@ -1,0 +1,185 @@
+"""Recipes: which steps a calibration takes, with their options, as a short YAML file.
+
+    calib_samples: 32          # any option of the command line, by its long name
+    steps:                     # in order; see pq_export.calib.steps for what there is
+      - clip_search
+      - gptq: {damping: 0.01}
+
+What is wrong with a recipe is said with the line it stands on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pq_export.calib.steps import STEPS, Phase, StepKind
+from pq_export.errors import PqExportError
+from pq_export.plan import PLAN_KEYS, Plan
+
+DIRECTORY = Path(__file__).parent / "recipes"
+DEFAULT = "default"
+RECIPE_KEYS = (*PLAN_KEYS, "kv", "steps")
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def load_recipe(name: str | None) -> dict[str, Any]:
+    """Options of the recipe ``name`` (shipped, or a YAML file), with ``steps`` as (name, options) pairs, checked."""
+    name = name or DEFAULT
+    shipped = DIRECTORY / f"{name}.yaml"
+    path = shipped if name in recipe_names() else Path(name)
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        raise PqExportError(
+            "is neither a recipe nor a file", where=name, cure=f"Use {', '.join(recipe_names())} or a YAML file."
+        )
+    return read_recipe(path)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Keys and values of a recipe file; raises :class:`PqExportError` with file and line."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise PqExportError(f"cannot be read: {error.strerror}", where=path) from None
+    except UnicodeDecodeError:
+        raise PqExportError("is not YAML (not UTF-8 text)", where=path) from None
+    except yaml.YAMLError as error:
+        raise PqExportError(f"is not YAML ({' '.join(str(error).split())})", where=path) from None
+    if not isinstance(node, yaml.MappingNode):
+        raise PqExportError("is not a mapping of options", where=path, cure=f"Keys: {', '.join(RECIPE_KEYS)}.")
+    content: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(_value(key_node, path)).replace("-", "_")
+        where = _where(path, key_node)
+        if key not in RECIPE_KEYS:
+            raise PqExportError(f"unknown key '{key}'", where=where, cure=_did_you_mean(key, RECIPE_KEYS))
+        if key in content:
+            raise PqExportError(f"'{key}' stands here a second time", where=where, cure="Keep one of them.")
+        content[key] = _steps(value_node, path) if key == "steps" else _value(value_node, path)
+    return content
+
+
+def kinds_and_options(plan: Plan) -> list[tuple[StepKind, Any]]:
+    """The steps of a plan as kinds with their options objects."""
+    return [(STEPS[name], STEPS[name].options(**options)) for name, options in plan.steps]
+
+
+def _steps(node: yaml.Node, path: Path) -> tuple[tuple[str, dict[str, Any]], ...]:
+    if not isinstance(node, yaml.SequenceNode):
+        raise PqExportError("'steps' is not a list", where=_where(path, node), cure="Write '- gptq' a line.")
+    steps: list[tuple[str, dict[str, Any]]] = []
+    phase = Phase.WEIGHTS
+    for item in node.value:
+        where, value = _where(path, item), _value(item, path)
+        name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
+        if not isinstance(name, str) or name not in STEPS:
+            raise PqExportError(f"unknown step '{name}'", where=where, cure=_did_you_mean(str(name), tuple(STEPS)))
+        kind = STEPS[name]
+        if kind.phase < phase:
+            raise PqExportError(
+                f"step '{name}' cannot come after '{steps[-1][0]}'",
+                where=where,
+                cure=f"Order: {_order()}.",
+            )
+        if kind.after and not {done for done, _ in steps} & set(kind.after):
+            raise PqExportError(
+                f"step '{name}' needs {' or '.join(kind.after)} before it", where=where, cure="Add it to the recipe."
+            )
+        steps.append((name, _options(kind, options, item, path)))
+        phase = kind.phase
+    if not {"clip_search"} & {name for name, _ in steps}:
+        raise PqExportError("no step finds scales", where=_where(path, node), cure="Add clip_search.")
+    return tuple(steps)
+
+
+def _options(kind: StepKind, options: Any, item: yaml.Node, path: Path) -> dict[str, Any]:
+    """Options of one step, checked against its dataclass: names, types, and what its constructor refuses."""
+    if options is None:
+        return {}
+    lines = _option_lines(item)
+    if not isinstance(options, dict):
+        raise PqExportError(f"options of step '{kind.name}' are no mapping", where=_where(path, item))
+    types_of = typing.get_type_hints(kind.options)
+    for key, value in options.items():
+        where = f"{path}:{lines.get(str(key), item.start_mark.line + 1)}"
+        if key not in types_of:
+            cure = _did_you_mean(str(key), tuple(types_of))
+            raise PqExportError(f"step '{kind.name}' has no option '{key}'", where=where, cure=cure)
+        if not _fits(value, types_of[key]):
+            expected = _type_name(types_of[key])
+            raise PqExportError(f"{kind.name}: {key} is {value!r}, not {expected}", where=where)
+        try:
+            kind.options(**{key: value})
+        except ValueError as error:
+            raise PqExportError(f"{kind.name}: {error}", where=where) from None
+    return dict(options)
+
+
+def _option_lines(item: yaml.Node) -> dict[str, int]:
+    """Line of each option of a step, counted from 1."""
+    if isinstance(item, yaml.MappingNode) and isinstance(item.value[0][1], yaml.MappingNode):
+        return {str(key.value): key.start_mark.line + 1 for key, _ in item.value[0][1].value}
+    return {}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    origin = typing.get_origin(kind)
+    if origin in (tuple, list):
+        return isinstance(value, list) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(one) for one in typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(kind, "a list" if typing.get_origin(kind) in (tuple, list) else "a mapping")
+
+
+def _value(node: yaml.Node, path: Path) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise PqExportError(f"is not YAML ({' '.join(str(error).split())})", where=_where(path, node)) from None
+
+
+def _where(path: Path, node: yaml.Node) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def _did_you_mean(name: str, names: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    return f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(names)}."
+
+
+def _order() -> str:
+    """All steps, phase by phase."""
+    return ", then ".join("/".join(k.name for k in STEPS.values() if k.phase is p) for p in Phase)
+
+
+def describe(kind: StepKind) -> dict[str, Any]:
+    """Options of a step with their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(kind.options)}

@@ -1,0 +1,83 @@
+"""A quantized layer made trainable, and back: weights under their quantizers, scales, and norm gains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from pq_export.calib.block import NORMS, LayerBits, LayerScales, get_linear, install
+from pq_export.calib.fake_quant import StaticQuantizer, SteppedLinear, site_quantizer
+from pq_export.calibration import KV_SITES, SITE_OF_LINEAR, SITES
+from pq_export.decoder import DecoderLayer
+from pq_export.quantizer import code_range
+
+
+@dataclass
+class Trainable:
+    """Parameters by kind: ``steps`` in units of a weight's step, ``shifts`` logarithms of scales, ``gains`` of norms."""
+
+    steps: list[nn.Parameter] = field(default_factory=list)
+    shifts: list[nn.Parameter] = field(default_factory=list)
+    gains: list[nn.Parameter] = field(default_factory=list)
+
+    def all(self) -> list[nn.Parameter]:
+        return [*self.steps, *self.shifts, *self.gains]
+
+    def optimizer(self, weight_lr: float, scale_lr: float, norm_lr: float, fused: bool) -> torch.optim.Optimizer:
+        """Adam without weight decay, one learning rate a kind; a kind with rate 0 is left out."""
+        kinds = ((self.steps, weight_lr), (self.shifts, scale_lr), (self.gains, norm_lr))
+        groups = [{"params": parameters, "lr": lr} for parameters, lr in kinds if parameters and lr > 0]
+        # The second moment forgets fast: a few hundred updates are all there are.
+        return torch.optim.Adam(groups, betas=(0.9, 0.99), fused=fused)
+
+
+def make_trainable(layers: Iterable[tuple[DecoderLayer, DecoderLayer, LayerScales, LayerBits]]) -> Trainable:
+    """Replace the linears of quantized layers by :class:`SteppedLinear` and let gradients reach them.
+
+    Each item: the quantized layer, its floating-point original, what was found for it, its bits.
+    """
+    trainable = Trainable()
+    for layer, reference, found, bits in layers:
+        for name in SITE_OF_LINEAR:
+            original = get_linear(reference, name)
+            linear = SteppedLinear(
+                original.weight.detach(), found.codes[name], found.weight[name], original.bias, bits.weight[name]
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(layer.get_submodule(parent), leaf, linear)
+            trainable.steps.append(linear.steps)
+            trainable.shifts.append(linear.shift)
+        for site in (*SITES, *KV_SITES):
+            if isinstance(quantizer := site_quantizer(layer, site), StaticQuantizer):
+                trainable.shifts.append(quantizer.shift)
+        trainable.gains += [layer.get_parameter(f"{name}.weight") for name in NORMS]
+    for parameter in trainable.all():
+        parameter.requires_grad_(True)
+    return trainable
+
+
+@torch.no_grad()
+def settle(layer: DecoderLayer, reference: DecoderLayer, found: LayerScales, bits: LayerBits) -> None:
+    """Take the trained values into ``found`` and give the layer plain linears and constant quantizers again."""
+    for name in SITE_OF_LINEAR:
+        stepped = layer.get_submodule(name)
+        assert isinstance(stepped, SteppedLinear)
+        codes = stepped.codes().clamp(*code_range(bits.weight[name]))
+        found.weight[name], found.codes[name] = stepped.scale.detach().clone(), codes.to(torch.int8)
+        parent, _, leaf = name.rpartition(".")
+        original = get_linear(reference, name)
+        plain = nn.Linear(original.in_features, original.out_features, original.bias is not None, device="meta")
+        plain.weight = nn.Parameter(original.weight.detach(), requires_grad=False)
+        plain.bias = original.bias
+        setattr(layer.get_submodule(parent), leaf, plain)
+    for site in (*SITES, *KV_SITES):
+        if isinstance(quantizer := site_quantizer(layer, site), StaticQuantizer):
+            scales = found.kv if site in KV_SITES else found.activation
+            scales[site] = quantizer.scale.detach().clone().reshape(scales[site].shape)
+    for name in NORMS:
+        gain = layer.get_parameter(f"{name}.weight").requires_grad_(False)
+        found.norm[name] = gain.detach().clone()
+    install(layer, found, bits)
