@@ -68,7 +68,7 @@ class Tasks(TaskManager):  # type: ignore[misc]  # lm-eval is untyped
             return super().load(tasks)
 
     def load_task_or_group(self, tasks: Any = None) -> Any:
-        """The same in lm-eval up to 0.4.9."""
+        """The same in lm-eval up to 0.4.11."""
         with _one_line(tasks):
             return super().load_task_or_group(tasks)
 
@@ -117,8 +117,8 @@ def _one_line(tasks: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets say on standard error what our own progress and table say."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
+    """The libraries say on standard error what our own progress, table and errors say."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
