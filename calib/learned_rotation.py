@@ -62,6 +62,7 @@ LEARNABLE = ("R1", "R2")
 START_FACTORS = {4: 0.6, 8: 0.95}  # of a site's range: about what a search finds
 WEIGHT_FACTORS = {4: 0.8, 8: 1.0}  # of a row's range: what least squares wants of a normal distribution
 SPREAD_POWER = 8  # of the power mean that stands for a range: 2 is blind to outliers, infinity sees but one
+TINY = 1e-30  # stands for the magnitude of values that are all zero
 SMOOTHING = 0.9  # share of the past in the smoothed loss that says which rotations are the last good ones
 ORTHOGONALITY_TOLERANCE = 1e-6
 
@@ -162,7 +163,7 @@ class RotatedQuantizer(nn.Module):
         q = self.matrix()
         if q is None:
             return self.quantizer(x)
-        rotated, per_head = rotate(x, q), self.quantizer.start.dim() > 0
+        rotated, per_head = rotate(x, q), self.quantizer.start.numel() > 1
         with torch.no_grad():
             before = spread(x, per_head)
         follow = spread(rotated, per_head) / before
@@ -173,9 +174,9 @@ def spread(x: Tensor, per_head: bool) -> Tensor:
     """Power mean of |x|: a smooth stand-in for the maximum. Scalar, or [G, 1, 1] of ``x`` [B, G, S, D]."""
     axes = (0, 2, 3) if per_head else tuple(range(x.dim()))
     x = x.float()
-    unit = x.detach().abs().amax().clamp_min(torch.finfo(torch.float32).tiny)  # keeps the power finite
-    mean = (x / unit).pow(SPREAD_POWER).mean(axes, keepdim=per_head).pow(1.0 / SPREAD_POWER) * unit
-    return (mean[0] if per_head else mean).clamp_min(torch.finfo(torch.float32).tiny)
+    unit = x.detach().abs().amax().clamp_min(TINY)  # keeps the power finite
+    mean = (x / unit).pow(SPREAD_POWER).mean(axes, keepdim=per_head).clamp_min(TINY)  # and its root's gradient
+    return (mean[0] if per_head else mean).pow(1.0 / SPREAD_POWER) * unit
 
 
 class RotatedLinear(nn.Module):
@@ -248,6 +249,8 @@ def learn_rotations(
             keeper.offer(smoothed, rotations.parameters())
             optimizer.zero_grad()
             loss.backward()
+            if not all(p.grad is None or p.grad.isfinite().all() for p in rotations.parameters()):
+                raise Diverged(f"a gradient is not finite at step {len(losses)}")
             optimizer.step()
             schedule.step()
             progress(1)

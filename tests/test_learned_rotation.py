@@ -190,7 +190,19 @@ def test_a_scale_follows_the_range_that_the_rotation_leaves() -> None:
     assert (error < torch.tensor([2.0, 6.0]) / 127 * 0.6).all()
     assert torch.allclose(spread(x @ q, True) / spread(x, True), torch.tensor(8**-0.5 * 8 ** (1 / 8)), atol=1e-4)
     assert spread(x, True).shape == (2, 1, 1) and spread(x, False).shape == ()
-    assert spread(1e30 * x, False).isfinite() and spread(0 * x, False) > 0
+    zeros = torch.zeros(2, 2, 6, 8, requires_grad=True)
+    assert spread(1e30 * x, False).isfinite() and spread(zeros, False) > 0
+    assert torch.autograd.grad(spread(zeros, True).sum(), zeros)[0].isfinite().all()
+
+
+def test_one_scale_for_all_heads_stays_one() -> None:
+    """8-bit caches: heads of different size must not get steps of their own."""
+    x, q = torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(0)), random_hadamard(8, 1).float()
+    x[:, 1] *= 0.01
+    quantized = RotatedQuantizer(StaticQuantizer(torch.full((1, 1, 1), 0.02), 8), lambda: q)(x)
+    steps = (rotate(quantized, q) / 0.02)[:, 1]
+    follow = (spread(rotate(x, q), False) / spread(x, False)).item()
+    assert torch.allclose(steps / follow, (steps / follow).round(), atol=1e-2) and steps.abs().max() > 0.5
 
 
 def test_the_range_has_a_gradient() -> None:
