@@ -194,13 +194,25 @@ def _stream_size(run: Run, steps: Steps) -> tuple[int, int]:
 def _model_step(run: Run, kind: StepKind, options: Any) -> None:
     """A step on the whole model; its result replaces the blocks' files and counts as done after them."""
     finished = (run.work.load("model") or {"done": []})["done"]
-    if kind.name in finished:
+    prefix = run.work.load_tensors(f"{kind.name}.prefix")
+    if kind.name in finished and prefix is not None:
         with run.stages.stage(kind.name.replace("_", " "), reused=True):
+            for index, layer in enumerate(run.decoder.layers):
+                for which in ("key", "value") if run.token_ids else ():
+                    setattr(layer.self_attn, f"prefix_{which}", prefix[f"{index}.{which}"].to(run.device))
             return
     kind.run(run, options)
     for index, found in enumerate(run.layers):
         run.work.save_layer(index, found)
+    run.work.save_tensors(f"{kind.name}.prefix", _prefix_tensors(run))
     run.work.save("model", {"done": [*finished, kind.name]})
+
+
+def _prefix_tensors(run: Run) -> dict[str, Tensor]:
+    attentions = [layer.self_attn for layer in run.decoder.layers]
+    pairs = [(a.prefix_key, a.prefix_value) for a in attentions]
+    named = {f"{i}.{which}": t for i, pair in enumerate(pairs) for which, t in zip(("key", "value"), pair, strict=True)}
+    return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
 
 def assemble(run: Run) -> Calibration:
@@ -243,6 +255,7 @@ def assemble(run: Run) -> Calibration:
         prefix=Prefix(token_ids, tuple(tokenizer.decode([i]) for i in token_ids), key),
         activation_scales=activation_scales,
         kv_scales=kv_scales,
+        overrides=dict(sorted(run.overrides.items())),
         tensors=tensors,
         plan=plan.to_dict(),
         fingerprint=plan.fingerprint(run.checkpoint.source.sha256),

@@ -120,8 +120,8 @@ def _options(kind: StepKind, options: Any, item: yaml.Node, path: Path) -> dict[
             raise PqExportError(f"{kind.name}: {key} is {value!r}, not {expected}", where=where)
         try:
             kind.options(**{key: value})
-        except ValueError as error:
-            raise PqExportError(f"{kind.name}: {error}", where=where) from None
+        except (ValueError, PqExportError) as error:
+            raise PqExportError(f"{kind.name}: {getattr(error, 'what', error)}", where=where) from None
     return dict(options)
 
 

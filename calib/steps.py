@@ -13,9 +13,16 @@ from typing import Any
 from pq_export.calib.block import Block
 from pq_export.calib.clip_search import ClipSearchOptions, clip_search
 from pq_export.calib.gptq import GptqOptions, gptq_block
+from pq_export.calib.key_bits import KeyBitsOptions, choose_key_bits
+from pq_export.calib.learned_rotation import RotationOptions, learn_rotations
+from pq_export.calib.learned_rounding import LearnedRoundingOptions, learned_rounding
+from pq_export.calib.ranges import collect_ranges
 from pq_export.calib.run import Run
+from pq_export.calib.sensitivity import Keep8BitOptions, keep_8bit
+from pq_export.calib.smooth_attention import key_maxima, smooth_attention
 from pq_export.calib.tune_blocks import TuneBlocksOptions, tune_blocks
 from pq_export.calib.tune_model import TuneModelOptions, tune_model
+from pq_export.calib.tune_prefix import PrefixTuningOptions, tune_prefix
 
 
 class Phase(enum.IntEnum):
@@ -46,6 +53,57 @@ class StepKind:
     window: Callable[[Any], int] = lambda options: 1
 
 
+@dataclass(frozen=True)
+class SmoothAttentionOptions:
+    """``alpha``: 0 leaves keys as they are, 1 gives all channel pairs of a head the same maximum."""
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+
+
+def _smooth_attention(run: Run, options: SmoothAttentionOptions) -> None:
+    with run.stages.stage("smooth attention", len(run.calibration_crops)) as advance:
+        smooth_attention(run.decoder, key_maxima(run.decoder, run.calibration_crops, progress=advance), options.alpha)
+        run.set_prefix()
+
+
+def _learn_rotations(run: Run, options: RotationOptions) -> None:
+    crops = run.calibration_crops
+    with run.stages.stage("learn rotations", options.steps) as advance:
+        ranges, _ = collect_ranges(run.decoder, crops)
+        note = run.stages.progress.note
+        losses = learn_rotations(run.decoder, crops, ranges, run.plan.precision, options, advance, note)
+        run.set_prefix()
+    run.statistics["learn_rotations"] = {"loss": losses}
+
+
+def _keep_8bit(run: Run, options: Keep8BitOptions) -> None:
+    crops, decoder = run.calibration_crops[: run.plan.search_samples], run.decoder
+    if run.plan.precision.weight_bits == 8:
+        return
+    with run.stages.stage("sensitivity", len(decoder.layers)) as advance:
+        overrides, scores = keep_8bit(decoder, crops, run.ranges, run.plan.precision, options, advance)
+    run.overrides |= overrides
+    run.statistics["sensitivity"] = {"by": options.by, "scores": scores}
+
+
+def _key_bits(run: Run, options: KeyBitsOptions) -> None:
+    if run.plan.precision.kv_bits != 4:
+        return
+    crops = run.calibration_crops[: run.plan.search_samples]
+    with run.stages.stage("key bits", len(run.decoder.layers)) as advance:
+        overrides, moved = choose_key_bits(run.decoder, crops, run.ranges, options, advance)
+    run.overrides |= overrides
+    run.statistics["key_bits"] = {"attention_moved": moved}
+
+
+def _learned_rounding(run: Run, blocks: list[Block], options: LearnedRoundingOptions) -> None:
+    learned_rounding(blocks[-1], options, run.plan.seed, run.stages.progress.note)
+
+
 def _clip_search(run: Run, blocks: list[Block], options: ClipSearchOptions) -> None:
     clip_search(blocks[-1], options, run.plan.search_samples, run.plan.search_length)
 
@@ -62,9 +120,19 @@ def _tune_model(run: Run, options: TuneModelOptions) -> None:
     tune_model(run, options)
 
 
+def _tune_prefix(run: Run, options: PrefixTuningOptions) -> None:
+    assert run.reference is not None
+    with run.stages.stage("tune prefix", options.steps) as advance:
+        tune_prefix(run.decoder, run.reference, run.crops, options, advance, run.stages.progress.note)
+
+
 STEPS = {
     kind.name: kind
     for kind in (
+        StepKind("smooth_attention", Phase.WEIGHTS, SmoothAttentionOptions, _smooth_attention),
+        StepKind("learn_rotations", Phase.WEIGHTS, RotationOptions, _learn_rotations),
+        StepKind("keep_8bit", Phase.PRECISION, Keep8BitOptions, _keep_8bit),
+        StepKind("key_bits", Phase.PRECISION, KeyBitsOptions, _key_bits),
         StepKind(
             "clip_search", Phase.BLOCKS, ClipSearchOptions, _clip_search, crops=lambda o, plan: plan.search_samples
         ),
@@ -75,6 +143,14 @@ STEPS = {
             _gptq,
             after=("clip_search",),
             crops=lambda o, plan: o.samples or plan.calib_samples,
+        ),
+        StepKind(
+            "learned_rounding",
+            Phase.BLOCKS,
+            LearnedRoundingOptions,
+            _learned_rounding,
+            after=("clip_search",),
+            crops=lambda o, plan: o.samples,
         ),
         StepKind(
             "tune_blocks",
@@ -94,5 +170,6 @@ STEPS = {
             crops=lambda o, plan: o.samples,
             teacher=True,
         ),
+        StepKind("tune_prefix", Phase.MODEL, PrefixTuningOptions, _tune_prefix, after=("clip_search",), teacher=True),
     )
 }

@@ -17,7 +17,7 @@ from pq_export.quantizer import code_range
 
 @dataclass
 class Trainable:
-    """Parameters by kind: ``steps`` in units of a weight's step, ``shifts`` logarithms of scales, ``gains`` of norms."""
+    """Parameters by kind: ``steps`` in units of a weight's step, ``shifts`` logarithms of scales, norms' ``gains``."""
 
     steps: list[nn.Parameter] = field(default_factory=list)
     shifts: list[nn.Parameter] = field(default_factory=list)

@@ -173,3 +173,10 @@ class DivergenceGuard:
             raise Diverged(
                 f"the loss {loss:.3g} at step {self._steps} is over {self.limit:g} times the first, {self.first:.3g}"
             )
+
+
+def check_positive(options: object, *names: str) -> None:
+    """Raise ValueError for an option that is not at least 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(options, name)}")

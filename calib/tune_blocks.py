@@ -11,6 +11,7 @@ the codes that rounding chose.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from pq_export.calib.block import BATCH, Block, StagedBlock
 from pq_export.calib.trainable_layer import make_trainable, settle
-from pq_export.calib.training import BestKeeper, Diverged, DivergenceGuard, autocast, batches, cosine
+from pq_export.calib.training import BestKeeper, Diverged, DivergenceGuard, autocast, batches, check_positive, cosine
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,6 @@ class TuneBlocksOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "samples", "epochs", "batch", "window")
-
-
-def check_positive(options: object, *names: str) -> None:
-    """Raise ValueError for an option that is not at least 1."""
-    for name in names:
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(options, name)}")
 
 
 def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note: Callable[[str], None]) -> None:
@@ -105,7 +99,7 @@ def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note
         settle(block.layer, block.reference, block.found, block.bits)
     note(f"layers {first.index}..{last.index}: validation error {before:.3g} -> {best.loss:.3g}")
     with torch.no_grad():
-        for earlier, later in zip(blocks, blocks[1:], strict=False):
+        for earlier, later in itertools.pairwise(blocks):
             later.x = earlier.staged().run(earlier.x)
 
 

@@ -22,11 +22,11 @@ from pq_export.calib.training import (
     Head,
     autocast,
     batches,
+    check_positive,
     cosine,
     kl_divergence,
     run_layers,
 )
-from pq_export.calib.tune_blocks import check_positive
 from pq_export.decoder import Decoder
 
 VALIDATIONS = 10  # times that the held-out crops are judged
