@@ -96,7 +96,8 @@ def test_interrupted_between_blocks_goes_on_to_the_same_result(
     checkpoint_dir: Callable[[str], Path], small_plan: Callable[..., Plan], tmp_path: Path, window: int
 ) -> None:
     tune = ("tune_blocks", {**QUICK["tune_blocks"], "window": window})
-    plan = small_plan("w4a4", prefix="w77 w8 w9", steps=(SEARCH, ("gptq", {}), tune, ("tune_model", QUICK["tune_model"])))
+    steps = (SEARCH, ("gptq", {}), tune, ("tune_model", QUICK["tune_model"]))
+    plan = small_plan("w4a4", prefix="w77 w8 w9", steps=steps)
     whole = calibrate(load_checkpoint(str(checkpoint_dir("llama"))), plan, tmp_path / "whole", Stages())
     for stage in ("quantize blocks", "tune model"):
         with pytest.raises(KeyboardInterrupt):
