@@ -245,7 +245,10 @@ def _validated(
 
     text = builtin_text(held_out=True) if flags["text"] is None else read_text(str(flags["text"]))
     name = "held-out built-in text" if flags["text"] is None else flags["text"].name
-    tokens = tokenize(load_tokenizer(bundle), text)
+    tokenizer = load_tokenizer(bundle)
+    tokens = tokenize(tokenizer, text)
+    if flags["text"] is not None:
+        refuse_contamination(tokenizer, tokens, name, calibration.plan["calib_data"], stages)
     work = Workload(
         tokens,
         name,
@@ -257,6 +260,27 @@ def _validated(
     )
     limits = Limits(flags["min_code_share"], flags["min_greedy"], flags["max_ppl_difference"], flags["max_ppl_ratio"])
     return validate(bundle, calibration, fp, work, limits, stages)
+
+
+def refuse_contamination(tokenizer: Any, tokens: Any, name: str, calib_data: str, stages: Stages) -> None:
+    """Raise :class:`UsageError` if the evaluation ``tokens`` are of the calibration text; note a smaller overlap."""
+    from pq_export.calib.text import read_texts, tokenize
+    from pq_export.validate.contamination import assert_uncontaminated
+
+    try:
+        sources = read_texts(calib_data)
+    except PqExportError as error:  # calibrated elsewhere: the text need not be here any more
+        stages.progress.note(f"{name} is not compared with the calibration text ({error.what})")
+        return
+    for source, text in sources.items():
+        assert_uncontaminated(
+            tokenize(tokenizer, text),
+            tokens,
+            calibration=source,
+            evaluation=name,
+            note=stages.progress.note,
+            decode=tokenizer.decode,
+        )
 
 
 def _write_report(

@@ -90,7 +90,7 @@ def _open(what: str, flags: dict[str, Any], stages: Stages) -> Opened:
 
         bundle = open_bundle(path)
         with stages.stage("load bundle"):
-            options = session_options(int(bundle.config["precision"][1]), flags["threads"])
+            options = session_options(bundle.max_weight_bits, flags["threads"])
             subject = bundle_subject(what, OrtDecoder(bundle.model_path, options), bundle)
         prefix = tuple(bundle.config["prefix"]["token_ids"])
         layers = bundle.config["plan"]["num_layers"]
