@@ -314,6 +314,7 @@ def compare(
             logits = reference if candidate.decoder is checkpoint.decoder and not candidate.prefix else candidate.logits
             found = compare_logits(reference, {method.name: logits}, windows, advance)[method.name]
         fp = fp or found.perplexity
+        own.progress.note(f"perplexity {found.perplexity:.3f}, KL {found.kl:.4f}, {seconds:.1f} s")
         rows.append(
             Row(
                 method=method.name,
