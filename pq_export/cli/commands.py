@@ -41,6 +41,7 @@ def run_export(model: str, flags: dict[str, Any]) -> bool:
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
         checkpoint = _load(model, plan, flags, stages)
+        refuse_contamination(checkpoint.tokenizer, flags["text"], plan.calib_data, stages)
         calibration = _calibrated(checkpoint, plan, calibration_directory, flags, stages)
         del checkpoint
         bundle = build_bundle(calibration, calibration_directory, target, output, flags, stages)
@@ -125,6 +126,9 @@ def run_validate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
                     cure="Give the same one with --model, or leave --model out.",
                 )
             fp = checkpoint.decoder
+        from pq_export.runtime import load_tokenizer
+
+        refuse_contamination(load_tokenizer(bundle), flags["text"], calibration.plan["calib_data"], stages)
         validation = _validated(bundle, calibration, fp, flags, stages)
         own = {record.name for record in stages.records}
         earlier = [s for s in _read_stages(bundle.directory / "report.json") if s["name"] not in own]
@@ -245,10 +249,7 @@ def _validated(
 
     text = builtin_text(held_out=True) if flags["text"] is None else read_text(str(flags["text"]))
     name = "held-out built-in text" if flags["text"] is None else flags["text"].name
-    tokenizer = load_tokenizer(bundle)
-    tokens = tokenize(tokenizer, text)
-    if flags["text"] is not None:
-        refuse_contamination(tokenizer, tokens, name, calibration.plan["calib_data"], stages)
+    tokens = tokenize(load_tokenizer(bundle), text)
     work = Workload(
         tokens,
         name,
@@ -262,19 +263,23 @@ def _validated(
     return validate(bundle, calibration, fp, work, limits, stages)
 
 
-def refuse_contamination(tokenizer: Any, tokens: Any, name: str, calib_data: str, stages: Stages) -> None:
-    """Raise :class:`UsageError` if the evaluation ``tokens`` are of the calibration text; note a smaller overlap."""
-    from pq_export.calib.text import read_texts, tokenize
+def refuse_contamination(tokenizer: Any, text: Path | None, calib_data: str, stages: Stages) -> None:
+    """Raise :class:`UsageError` if the evaluation ``text`` was calibrated on; note a smaller overlap."""
+    from pq_export.calib.text import read_text, read_texts, tokenize
     from pq_export.validate.contamination import assert_uncontaminated
+
+    if text is None:  # the built-in texts share nothing
+        return
+    name, tokens = text.name, tokenize(tokenizer, read_text(str(text)))
 
     try:
         sources = read_texts(calib_data)
     except PqExportError as error:  # calibrated elsewhere: the text need not be here any more
         stages.progress.note(f"{name} is not compared with the calibration text ({error.what})")
         return
-    for source, text in sources.items():
+    for source, content in sources.items():
         assert_uncontaminated(
-            tokenize(tokenizer, text),
+            tokenize(tokenizer, content),
             tokens,
             calibration=source,
             evaluation=name,
