@@ -30,7 +30,7 @@ from pq_export.simulate import simulated_decoder
 from pq_export.stages import Stages
 from pq_export.validate.greedy import torch_greedy
 from tests.cli_runner import Runner
-from tests.conftest import BOS, EOS, VOCAB, random_words
+from tests.conftest import BOS, EOS, VOCAB, random_words, word_tokenizer
 
 NAMES = ["tiny_choice", "tiny_answer", "tiny_text"]
 PREFIX = ("w77", "<s>")
@@ -341,6 +341,8 @@ def test_the_prefix_takes_room_and_its_bos_is_not_given_twice(exported: Callable
         # A word tokenizer has no line break: a text begins after EOS, not after a second BOS.
         assert subject.start_id() == EOS
         assert_same(adapter.loglikelihood(score_requests(("", "w5 w6")))[0], by_hand(subject, [EOS], [5, 6]))
+        for nothing in ("<s>", "   "):  # only the BOS that is taken away, only spaces
+            assert_same(adapter.loglikelihood(score_requests((nothing, "w5")))[0], by_hand(subject, [EOS], [5]))
         # More than one: the chat template's role marker.
         assert subject.without_second_bos([BOS, 5, BOS, 6]) == [BOS, 5, BOS, 6]
     assert not fp.bos_in_prefix and fp.start_id() == BOS and fp.without_second_bos([BOS, 5]) == [BOS, 5]
@@ -357,6 +359,26 @@ def test_a_text_begins_after_a_line_break_where_the_tokenizer_has_one(exported: 
 
     subject = replace(fake_quant(exported("w8a8")), tokenizer=Tokenizer())
     assert subject.start_id() == 198 and replace(subject, bos_in_prefix=False).start_id() == 1
+
+
+def test_a_bos_that_the_tokenizer_adds_is_given_once_or_not_at_all(
+    exported: Callable[[str], Path], fp: Subject
+) -> None:
+    """Llama's tokenizers put BOS in front by themselves."""
+    from tokenizers.processors import TemplateProcessing
+
+    adding = word_tokenizer()
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    adding.backend_tokenizer.post_processor = template
+    assert adding.encode("w5") == [BOS, 5]
+    text = Instance("r", {}, ("w5 w6",), 0)
+    for subject, before in ((fp, [BOS]), (fake_quant(exported("w8a8")), [])):
+        adapter = Adapter(replace(subject, tokenizer=adding))
+        found = adapter.loglikelihood(score_requests(("w5", " w6"), ("<s> w5", " w6")))
+        for result in found:
+            assert_same(result, by_hand(subject, [*before, 5], [6]))
+        expected = by_hand(subject, before or [EOS], [5, 6])[0]
+        assert adapter.loglikelihood_rolling([text]) == [pytest.approx(expected, rel=1e-5)]
 
 
 # ---- fake-quant model and bundle --------------------------------------------------------------------------

@@ -40,7 +40,6 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         self.truncated = 0
         self._progress = progress or Silent()
         self._start_id = subject.start_id()
-        self._start_text = self.tokenizer.decode([self._start_id])
 
     @property
     def eot_token_id(self) -> int:
@@ -56,10 +55,11 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         return self.subject.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids. None: with the special tokens that the tokenizer adds by itself, unless they are there."""
-        if add_special_tokens is None and not string.startswith(self._start_text):
-            return list(self.tokenizer.encode(string))
-        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        """Token ids. None: with the special tokens that the tokenizer adds by itself, unless BOS is written out."""
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         before, after = super()._encode_pair(context, continuation)
