@@ -64,6 +64,8 @@ def print_validation(console: Console, validation: dict[str, Any]) -> None:
             r["model"],
             f"{r['perplexity']:.4f}",
             "" if r["ratio"] is None else f"{r['ratio']:.4f}",
+            f"{r['kl']:.4f}" if "kl" in r else "",
+            f"{r['top1']:.1%}" if "top1" in r else "",
             f"{r['tokens_per_second']:.0f}",
         ]
         for r in perplexity["rows"]
@@ -71,7 +73,7 @@ def print_validation(console: Console, validation: dict[str, Any]) -> None:
     console.print(
         table(
             f"Perplexity, {perplexity['windows']} windows of {perplexity['window']}, {validation['text']}",
-            ["model", "perplexity", "ratio to FP", "tokens/s"],
+            ["model", "perplexity", "ratio to FP", "KL to FP", "top-1 equal", "tokens/s"],
             rows,
         )
     )

@@ -29,6 +29,7 @@ from pq_export.runtime import OrtDecoder, decoder_of, session_options
 from pq_export.simulate import simulated_decoder
 from pq_export.stages import Stages
 from pq_export.targets import find_target
+from pq_export.validate.agreement import compare_logits
 from pq_export.validate.codes import compare_blocks, compare_running
 from pq_export.validate.greedy import agreeing, onnx_greedy, torch_greedy
 from pq_export.validate.perplexity import onnx_logits, perplexity, torch_logits
@@ -161,11 +162,17 @@ def _free_running(graph: OrtDecoder, simulated: Decoder, ids: Tensor, steps: int
 
 def _perplexities(rows: dict[str, Any], work: Workload, window: int, stages: Stages) -> dict[str, Any]:
     windows = torch.from_numpy(work.tokens[: work.windows * window].reshape(work.windows, window))
-    measured: list[dict[str, Any]] = []
-    for name, logits_of in rows.items():
-        with stages.stage(f"perplexity, {name}", work.windows) as advance:
-            value = perplexity(logits_of, windows, advance)
-        measured.append({"model": name, "perplexity": value.value, "tokens_per_second": value.tokens_per_second})
+    measured: list[dict[str, Any]]
+    if FP in rows:
+        with stages.stage("perplexity and divergence", work.windows) as advance:
+            found = compare_logits(rows[FP], rows, windows, advance)
+        measured = [{"model": name, **asdict(agreement)} for name, agreement in found.items()]
+    else:
+        measured = []
+        for name, logits_of in rows.items():
+            with stages.stage(f"perplexity, {name}", work.windows) as advance:
+                value = perplexity(logits_of, windows, advance)
+            measured.append({"model": name, "perplexity": value.value, "tokens_per_second": value.tokens_per_second})
     base = measured[0]["perplexity"] if measured[0]["model"] == FP else None
     for row in measured:
         row["ratio"] = None if base is None else row["perplexity"] / base
