@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pq_export.calib.block import Block, install
 from pq_export.calib.checkpoint import Checkpoint
+from pq_export.calib.memory import memory_errors
 from pq_export.calib.outliers import choose_prefix, observe_outliers, prefix_bos
 from pq_export.calib.ranges import collect_ranges
 from pq_export.calib.recipe import kinds_and_options
@@ -47,8 +48,9 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
 
     Interrupted, it leaves ``<output>.work`` and goes on from there when called again with the same plan.
     """
-    run = begin(checkpoint, plan, WorkDirectory(output, plan.fingerprint(checkpoint.source.sha256)), stages)
-    quantize_decoder(run)
+    with memory_errors(stages):
+        run = begin(checkpoint, plan, WorkDirectory(output, plan.fingerprint(checkpoint.source.sha256)), stages)
+        quantize_decoder(run)
     calibration = assemble(run)
     with new_directory(output) as directory:
         save_calibration(calibration, directory)
@@ -59,7 +61,7 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
 
 
 def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stages) -> Run:
-    """Read the calibration text and rewrite the weights."""
+    """Read the calibration text and rewrite the weights. ``work`` is opened once both are known to fit."""
     limit = checkpoint.decoder.config.max_position_embeddings
     if plan.seq_len > limit:
         raise PqExportError(
@@ -71,6 +73,7 @@ def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stage
     steps = kinds_and_options(plan)
     count = max(plan.calib_samples, plan.search_samples, *(kind.crops(options, plan) for kind, options in steps))
     crops = mixed_crops(texts, count, plan.seq_len, plan.seed)
+    work.open()
     smoothed = any(kind.name == "smooth_attention" for kind, _ in steps)
     with stages.stage("rewrite weights"):
         # R3 serves 4-bit keys and nothing else, and SmoothAttention stands in for it.

@@ -26,12 +26,15 @@ class WorkDirectory:
     """
 
     def __init__(self, output: Path, fingerprint: str):
-        self.path = output.with_name(f"{output.name}.work")
-        if self._read_json("fingerprint") != fingerprint:
+        self.path, self.fingerprint = output.with_name(f"{output.name}.work"), fingerprint
+
+    def open(self) -> None:
+        """Make the directory, or keep the one that is there if it has this fingerprint."""
+        if self._read_json("fingerprint") != self.fingerprint:
             self.remove()
             with errors_of(self.path):
                 self.path.mkdir(parents=True)
-            self._write_json("fingerprint", fingerprint)
+            self._write_json("fingerprint", self.fingerprint)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

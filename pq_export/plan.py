@@ -60,7 +60,9 @@ class Plan:
             raise UsageError("--prefix is empty", cure="Use auto, none, or the text of the prefix.")
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "precision": str(self.precision)}
+        """For JSON, and equal to what is read back from it."""
+        steps = [[name, dict(options)] for name, options in self.steps]
+        return {**asdict(self), "precision": str(self.precision), "steps": steps}
 
     @property
     def search_length(self) -> int:

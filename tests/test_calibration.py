@@ -16,6 +16,7 @@ import safetensors.numpy
 import torch
 
 import pq_export.calib.pipeline as pipeline
+import pq_export.calib.steps as steps
 from pq_export.calib.checkpoint import load_checkpoint
 from pq_export.calib.outliers import compute_prefix_kv
 from pq_export.calib.pipeline import calibrate
@@ -40,6 +41,7 @@ from tests.conftest import BOS, PLANTED_TOKEN, random_words
 
 PLANS = ("w4a4", "w8a8", "w4a16")
 MakePlan = Callable[..., Plan]
+OUTLIERS, RANGES, BLOCKS = "find outlier tokens", "collect ranges", "quantize blocks"
 
 
 def run(checkpoint_dir: Path, plan: Plan, output: Path, stages: Stages | None = None) -> Calibration:
@@ -93,7 +95,7 @@ def test_file_pair_and_assets(finished: dict[str, tuple[Calibration, Path]], nam
     assert {f"{ASSETS_NAME}/{f}" for f in ("tokenizer.json", "config.json", "generation_config.json")} <= files
     assert not output.with_name(f"{name}.work").exists()
     stages = json.loads((output / pipeline.STAGES_NAME).read_text())
-    assert [s["name"] for s in stages] == ["rewrite weights", "find outlier tokens", "collect ranges", "search scales"]
+    assert [s["name"] for s in stages] == ["rewrite weights", OUTLIERS, RANGES, BLOCKS]
     assert all(s["seconds"] > 0 and s["peak_rss"] > 1e6 and not s["reused"] for s in stages)
 
 
@@ -407,14 +409,11 @@ def resume(
 ) -> tuple[dict[str, bool], int]:
     """Run again; which stages were marked reused, and how many layers were searched."""
     searched = []
-    real = pipeline.search_layer
-    monkeypatch.setattr(pipeline, "search_layer", lambda *a: searched.append(a[0]) or real(*a))
+    real = steps.clip_search
+    monkeypatch.setattr(steps, "clip_search", lambda block, *a: searched.append(block.index) or real(block, *a))
     stages = Stages()
     run(checkpoint_dir, plan, output, stages)
     return {r.name: r.reused for r in stages.records}, len(searched)
-
-
-OUTLIERS, RANGES, SEARCH = "find outlier tokens", "collect ranges", "search scales"
 
 
 @pytest.mark.parametrize(
@@ -422,9 +421,9 @@ OUTLIERS, RANGES, SEARCH = "find outlier tokens", "collect ranges", "search scal
     [
         (OUTLIERS, 1, (), 3),
         (RANGES, 1, (OUTLIERS,), 3),
-        (SEARCH, 1, (OUTLIERS, RANGES), 2),
-        (SEARCH, 2, (OUTLIERS, RANGES), 1),
-        (SEARCH, 3, (OUTLIERS, RANGES, SEARCH), 0),
+        (BLOCKS, 1, (OUTLIERS, RANGES), 2),
+        (BLOCKS, 2, (OUTLIERS, RANGES), 1),
+        (BLOCKS, 3, (OUTLIERS, RANGES, BLOCKS), 0),
     ],
 )
 @pytest.mark.parametrize("name", ["w4a4", "w4a16"])
@@ -453,7 +452,7 @@ def test_kept_parts_of_another_plan_are_thrown_away(
     tiny_llama_dir: Path, small_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    interrupt(tiny_llama_dir, small_plan("w4a4", seed=1), output, SEARCH, 2)
+    interrupt(tiny_llama_dir, small_plan("w4a4", seed=1), output, BLOCKS, 2)
     marked, layers = resume(tiny_llama_dir, small_plan("w4a4"), output, monkeypatch)
     assert layers == 3 and not any(marked.values())
 
@@ -464,7 +463,7 @@ def test_kept_parts_of_another_text_are_thrown_away(
     text, output = tmp_path / "text.txt", tmp_path / "out"
     plan = small_plan("w4a4", calib_data=str(text))
     text.write_text(random_words(900, seed=1))
-    interrupt(tiny_llama_dir, plan, output, SEARCH, 2)
+    interrupt(tiny_llama_dir, plan, output, BLOCKS, 2)
     text.write_text(random_words(900, seed=2))
     marked, layers = resume(tiny_llama_dir, plan, output, monkeypatch)
     assert layers == 3 and not any(marked.values())
@@ -480,7 +479,7 @@ def test_a_damaged_part_is_made_again(
     damage: str,
 ) -> None:
     output = tmp_path / "out"
-    interrupt(tiny_llama_dir, small_plan("w4a4"), output, SEARCH, 2)
+    interrupt(tiny_llama_dir, small_plan("w4a4"), output, BLOCKS, 2)
     part = tmp_path / "out.work" / damage
     part.write_bytes(part.read_bytes()[:20])
     _, layers = resume(tiny_llama_dir, small_plan("w4a4"), output, monkeypatch)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pq_export.calib.recipe import RECIPE_KEYS, read_recipe
 from pq_export.errors import EXIT_USAGE, PqExportError, UsageError
-from pq_export.plan import RECIPE_KEYS, Plan, read_recipe, resolve_plan
+from pq_export.plan import Plan, resolve_plan
 from pq_export.precision import KV_BITS, WEIGHT_ACTIVATION, Precision
 
 W4A4 = Precision(4, 4, 4)
@@ -96,18 +98,22 @@ def test_search_crops_are_never_longer_than_calibration_crops() -> None:
     ("name", "rotate"), [("w4a4", "online"), ("w4a8", "online"), ("w8a8", "online"), ("w4a16", "offline")]
 )
 def test_default_rotation(name: str, rotate: str) -> None:
-    assert resolve_plan(name, None, None).rotate == rotate
+    assert resolve_plan(name, None, {}).rotate == rotate
 
 
-def recipe(tmp_path: Path, text: str) -> Path:
+def written(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
+def recipe(tmp_path: Path, text: str) -> dict[str, Any]:
+    return read_recipe(written(tmp_path, text))
+
+
 def test_recipe_is_read(tmp_path: Path) -> None:
-    path = recipe(tmp_path, "precision: W4A8\nkv: 8\ncalib-samples: 7\nsearch_seq_len: 64\nprefix: none\nseed: 3\n")
-    assert resolve_plan(None, None, path) == Plan(
+    content = recipe(tmp_path, "precision: W4A8\nkv: 8\ncalib-samples: 7\nsearch_seq_len: 64\nprefix: none\nseed: 3\n")
+    assert resolve_plan(None, None, content) == Plan(
         Precision(4, 8, 8), prefix="none", rotate="online", calib_samples=7, search_seq_len=64, seed=3
     )
 
@@ -126,7 +132,7 @@ def test_recipe_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_recipe_refused(tmp_path: Path, text: str, says: str) -> None:
-    path = recipe(tmp_path, text)
+    path = written(tmp_path, text)
     with pytest.raises(PqExportError) as caught:
         read_recipe(path)
     message = str(caught.value)
@@ -150,13 +156,13 @@ def test_every_recipe_key_is_an_option_of_the_plan() -> None:
 
 
 def test_explicit_beats_recipe_beats_default(tmp_path: Path) -> None:
-    path = recipe(tmp_path, "precision: w8a8\nkv: 16\nseq_len: 128\nseed: 5\nrotate: offline\n")
-    plan = resolve_plan("w4a4", 8, path, seq_len=64, seed=None, calib_samples=None, num_layers=2)
+    content = recipe(tmp_path, "precision: w8a8\nkv: 16\nseq_len: 128\nseed: 5\nrotate: offline\n")
+    plan = resolve_plan("w4a4", 8, content, seq_len=64, seed=None, calib_samples=None, num_layers=2)
     assert plan.precision == Precision(4, 4, 8)  # explicit
     assert (plan.seq_len, plan.num_layers) == (64, 2)  # explicit
     assert (plan.seed, plan.rotate) == (5, "offline")  # recipe
     assert plan.calib_samples == Plan(W4A4).calib_samples  # default
-    assert resolve_plan(None, None, path).precision == Precision(8, 8, 16)
+    assert resolve_plan(None, None, content).precision == Precision(8, 8, 16)
 
 
 def test_explicit_zero_beats_the_recipe(tmp_path: Path) -> None:
@@ -196,6 +202,7 @@ CHANGES = {
     "search_seq_len": 255,
     "seed": 1,
     "num_layers": 3,
+    "steps": (("clip_search", {"passes": 2}),),
 }
 
 

@@ -140,6 +140,7 @@ class Arena:
         with tempfile.TemporaryDirectory() as scratch:
             work = WorkDirectory(Path(scratch) / "compare", plan.fingerprint(self.checkpoint.source.sha256))
             if prefix is not None:  # what a finished prefix search would have left
+                work.open()
                 work.save("prefix", {"statistics": {}, "token_ids": list(prefix)})
             run = begin(replace(self.checkpoint, decoder=self.decoder()), plan, work, stages)
             quantize_decoder(run)
