@@ -36,11 +36,12 @@ class Phase(enum.IntEnum):
 
 @dataclass(frozen=True)
 class StepKind:
-    """One kind of step. ``after``: a step of one of these names must stand before it in the recipe.
+    """One kind of step.
 
-    ``crops(options, plan)``: how many crops it works on. ``teacher``: it needs the floating-point model at
-    the end. ``run`` takes (run, options) or, in the BLOCKS phase, (run, recent blocks, options), the block to
-    quantize being the last.
+    ``run`` takes (run, options) or, in the BLOCKS phase, (run, recent blocks, options), the block to quantize being
+    the last; ``window`` is how many blocks it wants to see. ``after``: a step of one of these names must stand before
+    it in the recipe. ``crops(options, plan)``: how many it works on. ``teacher``: it needs the floating-point model at
+    the end. ``tokens(options, plan)``: how many it runs through all blocks, a backward pass counting twice.
     """
 
     name: str
@@ -51,6 +52,7 @@ class StepKind:
     crops: Callable[[Any, Any], int] = lambda options, plan: plan.calib_samples
     teacher: bool = False
     window: Callable[[Any], int] = lambda options: 1
+    tokens: Callable[[Any, Any], float] = lambda options, plan: plan.calib_samples * plan.seq_len
 
 
 @dataclass(frozen=True)
@@ -126,50 +128,71 @@ def _tune_prefix(run: Run, options: PrefixTuningOptions) -> None:
         tune_prefix(run.decoder, run.reference, run.crops, options, advance, run.stages.progress.note)
 
 
-STEPS = {
-    kind.name: kind
-    for kind in (
-        StepKind("smooth_attention", Phase.WEIGHTS, SmoothAttentionOptions, _smooth_attention),
-        StepKind("learn_rotations", Phase.WEIGHTS, RotationOptions, _learn_rotations),
-        StepKind("keep_8bit", Phase.PRECISION, Keep8BitOptions, _keep_8bit),
-        StepKind("key_bits", Phase.PRECISION, KeyBitsOptions, _key_bits),
-        StepKind(
-            "clip_search", Phase.BLOCKS, ClipSearchOptions, _clip_search, crops=lambda o, plan: plan.search_samples
-        ),
-        StepKind(
-            "gptq",
-            Phase.BLOCKS,
-            GptqOptions,
-            _gptq,
-            after=("clip_search",),
-            crops=lambda o, plan: o.samples or plan.calib_samples,
-        ),
-        StepKind(
-            "learned_rounding",
-            Phase.BLOCKS,
-            LearnedRoundingOptions,
-            _learned_rounding,
-            after=("clip_search",),
-            crops=lambda o, plan: o.samples,
-        ),
-        StepKind(
-            "tune_blocks",
-            Phase.BLOCKS,
-            TuneBlocksOptions,
-            _tune_blocks,
-            after=("clip_search",),
-            crops=lambda o, plan: o.samples,
-            window=lambda o: o.window,
-        ),
-        StepKind(
-            "tune_model",
-            Phase.MODEL,
-            TuneModelOptions,
-            _tune_model,
-            after=("clip_search",),
-            crops=lambda o, plan: o.samples,
-            teacher=True,
-        ),
-        StepKind("tune_prefix", Phase.MODEL, PrefixTuningOptions, _tune_prefix, after=("clip_search",), teacher=True),
-    )
-}
+def _learning_tokens(passes: float) -> Callable[[Any, Any], float]:
+    """``passes`` forward-equivalents of ``steps`` batches."""
+    return lambda o, plan: passes * o.steps * o.batch * plan.seq_len
+
+
+SEARCH_RUNS = 40  # forward passes of a block that one block's scale search costs, measured
+KINDS = (
+    StepKind("smooth_attention", Phase.WEIGHTS, SmoothAttentionOptions, _smooth_attention),
+    StepKind("learn_rotations", Phase.WEIGHTS, RotationOptions, _learn_rotations, tokens=_learning_tokens(5)),
+    StepKind("keep_8bit", Phase.PRECISION, Keep8BitOptions, _keep_8bit),
+    StepKind("key_bits", Phase.PRECISION, KeyBitsOptions, _key_bits),
+    StepKind(
+        "clip_search",
+        Phase.BLOCKS,
+        ClipSearchOptions,
+        _clip_search,
+        crops=lambda o, plan: plan.search_samples,
+        tokens=lambda o, plan: SEARCH_RUNS * o.passes * plan.search_samples * plan.search_length,
+    ),
+    StepKind(
+        "gptq",
+        Phase.BLOCKS,
+        GptqOptions,
+        _gptq,
+        after=("clip_search",),
+        crops=lambda o, plan: o.samples or plan.calib_samples,
+        tokens=lambda o, plan: 5 * (o.samples or plan.calib_samples) * plan.seq_len,
+    ),
+    StepKind(
+        "learned_rounding",
+        Phase.BLOCKS,
+        LearnedRoundingOptions,
+        _learned_rounding,
+        after=("clip_search",),
+        crops=lambda o, plan: o.samples,
+        tokens=_learning_tokens(3),
+    ),
+    StepKind(
+        "tune_blocks",
+        Phase.BLOCKS,
+        TuneBlocksOptions,
+        _tune_blocks,
+        after=("clip_search",),
+        crops=lambda o, plan: o.samples,
+        window=lambda o: o.window,
+        tokens=lambda o, plan: 3 * o.window * o.epochs * o.samples * plan.seq_len,
+    ),
+    StepKind(
+        "tune_model",
+        Phase.MODEL,
+        TuneModelOptions,
+        _tune_model,
+        after=("clip_search",),
+        crops=lambda o, plan: o.samples,
+        teacher=True,
+        tokens=_learning_tokens(4),
+    ),
+    StepKind(
+        "tune_prefix",
+        Phase.MODEL,
+        PrefixTuningOptions,
+        _tune_prefix,
+        after=("clip_search",),
+        teacher=True,
+        tokens=_learning_tokens(4),
+    ),
+)
+STEPS = {kind.name: kind for kind in KINDS}

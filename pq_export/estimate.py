@@ -8,7 +8,6 @@ from typing import Any
 
 from pq_export.plan import Plan
 
-SEARCH_RUNS_PER_BLOCK = 40  # forward passes of a block that one block's scale search costs, measured
 FIXED_SECONDS = 20.0  # imports, tokenizer, rewrites of a small model
 
 
@@ -21,13 +20,15 @@ class Estimate:
     calibrate_seconds: float
 
 
-def estimate(model: dict[str, Any], plan: Plan) -> Estimate:
-    """``model`` is what ``describe_checkpoint`` says. Good to a factor of two."""
+def estimate(model: dict[str, Any], plan: Plan, step_tokens: float) -> Estimate:
+    """``model`` is what ``describe_checkpoint`` says; ``step_tokens``: how many the recipe's steps run through all
+    blocks. Good to a factor of two.
+    """
     layers = min(plan.num_layers or model["layers"], model["layers"])
     linear = model["linear_parameters_per_layer"] * layers
     embedding = model["vocab_size"] * model["hidden_size"]
     bundle = linear * plan.precision.weight_bits // 8 + 2 * embedding * 2
-    tokens = 2 * plan.calib_samples * plan.seq_len + SEARCH_RUNS_PER_BLOCK * plan.search_samples * plan.search_length
+    tokens = 2 * plan.calib_samples * plan.seq_len + step_tokens
     seconds = FIXED_SECONDS + 2.0 * linear * tokens / (0.5 * _flops_per_second())
     return Estimate(int(bundle), int(4 * (linear + 2 * embedding) * 2.5) + 2**30, seconds)
 

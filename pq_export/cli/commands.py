@@ -359,10 +359,12 @@ def _piece(tokenizer: Any, shown: list[int], new: list[int]) -> str:
 
 def _dry_run(model: str, plan: Plan, output: Path, flags: dict[str, Any]) -> bool:
     from pq_export.calib.checkpoint import describe_checkpoint
+    from pq_export.calib.recipe import kinds_and_options
     from pq_export.estimate import estimate
 
     facts = describe_checkpoint(model, flags["trust_remote_code"])
-    expected = estimate(facts, plan)
+    tokens = sum(kind.tokens(options, plan) for kind, options in kinds_and_options(plan))
+    expected = estimate(facts, plan, tokens)
     document = {"model": facts, "plan": plan.to_dict(), "output": str(output), "expected": asdict(expected)}
     if flags["as_json"]:
         print_json(document)

@@ -1,0 +1,39 @@
+"""Running out of memory, said with the stage it happened in and what lowers it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from pq_export.errors import PqExportError
+from pq_export.stages import Stages
+
+CURES = {
+    "rewrite weights": "Use a machine with more memory, or --num-layers for a trial.",
+    "quantize blocks": "Use fewer --calib-samples, a smaller --seq-len, or a smaller 'samples' in the recipe's steps.",
+    "learn rotations": "Use a smaller 'batch' in the recipe's learn_rotations, or a smaller --seq-len.",
+    "tune model": "Set 'checkpoint: true' or a smaller 'batch' in the recipe's tune_model, or 'weight_lr: 0'.",
+    "tune prefix": "Use a smaller 'batch' in the recipe's tune_prefix, or a smaller --seq-len.",
+}
+OTHERWISE = "Use a smaller --seq-len or fewer --calib-samples."
+CPU_ALLOCATOR = "not enough memory"  # what PyTorch's CPU allocator says, in a plain RuntimeError
+
+
+@contextlib.contextmanager
+def memory_errors(stages: Stages) -> Iterator[None]:
+    """Turn an allocation that failed into a :class:`PqExportError` that names the stage and the cure."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise _error(stages) from None
+    except RuntimeError as error:
+        if CPU_ALLOCATOR not in str(error):
+            raise
+        raise _error(stages) from None
+
+
+def _error(stages: Stages) -> PqExportError:
+    name = stages.records[-1].name if stages.records else "calibration"
+    return PqExportError("ran out of memory", where=f"stage '{name}'", cure=CURES.get(name, OTHERWISE))
