@@ -212,6 +212,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To evaluate on: shares no 13 words in a row with ``text_file``."""
+    path = tmp_path_factory.mktemp("text") / "other-words.txt"
+    path.write_text(random_words(1000, seed=1), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_plan(text_file: Path) -> Callable[..., Plan]:
     """``small_plan("w4a4", prefix="none")``: a plan that calibrates a tiny model in a second."""
 

@@ -217,7 +217,7 @@ def test_calibration_altered_newer_or_absent(pq: Runner, made: Path, tmp_path: P
 
 
 def test_calibration_of_another_checkpoint(
-    pq: Runner, made: Path, checkpoint_dir: Callable[[str], Path], text_file: Path
+    pq: Runner, made: Path, checkpoint_dir: Callable[[str], Path], text_file: Path, other_text_file: Path
 ) -> None:
     shutil.copytree(made / "calib", made / "other.calib")
     pq.refuses(
@@ -238,13 +238,13 @@ def test_calibration_of_another_checkpoint(
         "--model",
         checkpoint_dir("llama"),
         "--text",
-        text_file,
+        other_text_file,
         says=("not the checkpoint",),
     )
 
 
 def test_bundle_of_another_calibration(
-    pq: Runner, made: Path, tiny_llama_dir: Path, text_file: Path, tmp_path: Path
+    pq: Runner, made: Path, tiny_llama_dir: Path, text_file: Path, other_text_file: Path, tmp_path: Path
 ) -> None:
     assert pq("calibrate", tiny_llama_dir, "--w8a8", "--calib-data", text_file, *SMALL, "-o", tmp_path / "c8").code == 0
     pq.refuses(
@@ -253,7 +253,7 @@ def test_bundle_of_another_calibration(
         "--calib",
         tmp_path / "c8",
         "--text",
-        text_file,
+        other_text_file,
         "--windows",
         1,
         "--window",
@@ -324,7 +324,7 @@ def test_evaluation_text_too_short(pq: Runner, made: Path, tmp_path: Path) -> No
     )
 
 
-def test_a_damaged_graph_fails_validation_with_exit_code_3(pq: Runner, made: Path, text_file: Path) -> None:
+def test_a_damaged_graph_fails_validation_with_exit_code_3(pq: Runner, made: Path, other_text_file: Path) -> None:
     """One weight scale 2 % off: the file is consistent, but it is not what calibration simulated."""
     path = made / "bundle" / MODEL_NAME
     model = onnx.load(path)
@@ -337,7 +337,16 @@ def test_a_damaged_graph_fails_validation_with_exit_code_3(pq: Runner, made: Pat
     config["files"][MODEL_NAME] = file_record(path)
     (made / "bundle" / CONFIG_NAME).write_text(json.dumps(config))
     result = pq(
-        "validate", made / "bundle", "--calib", made / "calib", "--text", text_file, "--windows", 1, "--window", 64
+        "validate",
+        made / "bundle",
+        "--calib",
+        made / "calib",
+        "--text",
+        other_text_file,
+        "--windows",
+        1,
+        "--window",
+        64,
     )
     assert result.code == 3
     assert "FAIL" in result.out
@@ -382,9 +391,11 @@ def test_device_and_seed_that_cannot_be(pq: Runner, tiny_llama_dir: Path, tmp_pa
     pq.refuses(tiny_llama_dir, "--w4a4", "--seed", -1, "-o", tmp_path / "o", code=2, says=("--seed",))
 
 
-def test_force_replaces_a_damaged_calibration(pq: Runner, made: Path, tiny_llama_dir: Path, text_file: Path) -> None:
+def test_force_replaces_a_damaged_calibration(
+    pq: Runner, made: Path, tiny_llama_dir: Path, text_file: Path, other_text_file: Path
+) -> None:
     (made / "bundle.calib").mkdir()
     (made / "bundle.calib" / JSON_NAME).write_text("{}")
-    arguments = (tiny_llama_dir, "--w4a4", "--calib-data", text_file, *SMALL, "--text", text_file, "--windows", 2)
+    arguments = (tiny_llama_dir, "--w4a4", "--calib-data", text_file, *SMALL, "--text", other_text_file, "--windows", 2)
     end = ("--window", 64, "-o", made / "bundle")
     assert pq(*arguments, *end, "--force").code == 0

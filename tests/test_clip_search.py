@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pq_export.calib.block import Block, LayerBits, LayerScales, StagedBlock, install
+from pq_export.calib.block import Block, LayerBits, LayerScales, install
 from pq_export.calib.clip_search import (
     COARSE_FACTORS,
     KV_FACTORS,

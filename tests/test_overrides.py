@@ -489,7 +489,12 @@ def pq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> R
 
 
 def test_from_calibration_to_report(
-    pq: Runner, tiny_llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pq: Runner,
+    tiny_llama_dir: Path,
+    text_file: Path,
+    other_text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain, calib, out = tmp_path / "plain", tmp_path / "out.calib", tmp_path / "out"
     fast = ("--calib-samples", 4, "--seq-len", 32, "--calib-data", text_file)
@@ -519,7 +524,7 @@ def test_from_calibration_to_report(
 
     monkeypatch.setattr(runtime, "session_options", spy)
     monkeypatch.setattr(validation, "session_options", spy)
-    result = pq("validate", out, "--text", text_file, "--windows", 2, "--window", 64, "--json")
+    result = pq("validate", out, "--text", other_text_file, "--windows", 2, "--window", 64, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert found["exact"]["min_equal"] == 1.0 and found["exact"]["greedy_equal"] == 64
@@ -527,7 +532,9 @@ def test_from_calibration_to_report(
     assert asked and set(asked) == {8}
     assert json.loads((out / "report.json").read_text())["overrides"] == overrides
     assert "Mixed precision" in (out / "report.html").read_text()
-    pq.refuses("validate", out, "--calib", plain, "--text", text_file, says=("was not built from this calibration",))
+    pq.refuses(
+        "validate", out, "--calib", plain, "--text", other_text_file, says=("was not built from this calibration",)
+    )
 
 
 def test_bundle_of_other_overrides_is_refused(calibrations: Calibrations) -> None:

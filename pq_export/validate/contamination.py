@@ -35,15 +35,18 @@ class Overlap:
         return self.shared / self.ngrams
 
 
-def overlap(calibration_tokens: np.ndarray, evaluation_tokens: np.ndarray, n: int = NGRAM) -> Overlap:
+def overlap(
+    calibration_tokens: np.ndarray, evaluation_tokens: np.ndarray, n: int = NGRAM, name: str = "the evaluation text"
+) -> Overlap:
     """N-grams of ``evaluation_tokens`` [E] that occur in ``calibration_tokens`` [C]; token ids, any integer dtype.
 
     Candidates are found by 64-bit hashes and counted only if the tokens are equal. Raises
-    :class:`PqExportError` where the evaluation text is shorter than one n-gram.
+    :class:`PqExportError` where the evaluation text, called ``name`` there, is shorter than one n-gram.
     """
     if len(evaluation_tokens) < n:
         raise PqExportError(
-            f"the evaluation text has {len(evaluation_tokens)} tokens, too few to look for {n} in a row",
+            f"has {len(evaluation_tokens)} tokens, too few to look for {n} in a row",
+            where=name,
             cure="Give a longer text.",
         )
     ngrams = len(evaluation_tokens) - n + 1
@@ -91,7 +94,7 @@ def assert_uncontaminated(
     cure = "Evaluate on another text, or calibrate on one without it."
     if np.array_equal(calibration_tokens, evaluation_tokens):
         raise UsageError(f"is the calibration text itself ({calibration})", where=evaluation, cure=cure)
-    found = overlap(calibration_tokens, evaluation_tokens)
+    found = overlap(calibration_tokens, evaluation_tokens, name=evaluation)
     if not found.shared:
         return found
     example = " ".join(map(str, found.example)) if decode is None else repr(decode(list(found.example)))
