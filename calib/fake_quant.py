@@ -18,8 +18,9 @@ from pq_export.calibration import KV_SITES, SITES
 from pq_export.decoder import Decoder, DecoderLayer
 from pq_export.quantizer import code_range
 
-# A weight's master value stays inside the cell of its code when training starts: this far from the edge.
-CELL_MARGIN = 0.01
+# A weight's master value stays inside the cell of its code when training starts, this far from the edge: nearer, the
+# first updates would undo all at once what GPTQ chose against rounding to nearest.
+CELL_MARGIN = 0.15
 
 
 def round_ste(x: Tensor) -> Tensor:

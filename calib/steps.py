@@ -19,6 +19,7 @@ from pq_export.calib.learned_rounding import LearnedRoundingOptions, learned_rou
 from pq_export.calib.ranges import collect_ranges
 from pq_export.calib.run import Run
 from pq_export.calib.sensitivity import Keep8BitOptions, keep_8bit
+from pq_export.calib.smooth import SmoothOptions, smooth
 from pq_export.calib.smooth_attention import key_maxima, smooth_attention
 from pq_export.calib.tune_blocks import TuneBlocksOptions, tune_blocks
 from pq_export.calib.tune_model import TuneModelOptions, tune_model
@@ -70,6 +71,12 @@ def _smooth_attention(run: Run, options: SmoothAttentionOptions) -> None:
     with run.stages.stage("smooth attention", len(run.calibration_crops)) as advance:
         smooth_attention(run.decoder, key_maxima(run.decoder, run.calibration_crops, progress=advance), options.alpha)
         run.set_prefix()
+
+
+def _smooth(run: Run, options: SmoothOptions) -> None:
+    crops = run.calibration_crops[: run.plan.search_samples]
+    with run.stages.stage("smooth", len(run.decoder.layers)) as advance:
+        run.statistics["smooth"] = {"alpha": smooth(run.decoder, crops, run.plan.precision, options, advance)}
 
 
 def _learn_rotations(run: Run, options: RotationOptions) -> None:
@@ -137,6 +144,7 @@ SEARCH_RUNS = 40  # forward passes of a block that one block's scale search cost
 KINDS = (
     StepKind("smooth_attention", Phase.WEIGHTS, SmoothAttentionOptions, _smooth_attention),
     StepKind("learn_rotations", Phase.WEIGHTS, RotationOptions, _learn_rotations, tokens=_learning_tokens(5)),
+    StepKind("smooth", Phase.WEIGHTS, SmoothOptions, _smooth),
     StepKind("keep_8bit", Phase.PRECISION, Keep8BitOptions, _keep_8bit),
     StepKind("key_bits", Phase.PRECISION, KeyBitsOptions, _key_bits),
     StepKind(

@@ -42,14 +42,33 @@ def batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
         queue = queue[batch:]
 
 
-def cosine(steps: int, floor: float = 0.1) -> Callable[[int], float]:
-    """Factor on the learning rate at a step, from 1 down to ``floor``: for ``LambdaLR``."""
-    return lambda step: floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
+def cosine(steps: int, floor: float = 0.1, warm_up: int = 0) -> Callable[[int], float]:
+    """Factor on the learning rate at a step, from 1 to ``floor`` after ``warm_up`` rising steps: for ``LambdaLR``."""
+
+    def factor(step: int) -> float:
+        falling = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
+        return falling * min(1.0, (step + 1) / (warm_up + 1))
+
+    return factor
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """bf16 products on a GPU; nothing on a CPU, where bf16 is slower than fp32."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """fp32 products on a GPU in TF32: ten bits of mantissa, three more than bf16, at several times fp32's speed."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def twin(decoder: Decoder) -> Decoder:

@@ -19,15 +19,14 @@ from pq_export.calib.training import (
     BestKeeper,
     Diverged,
     DivergenceGuard,
-    Head,
     autocast,
     batches,
     check_positive,
     cosine,
     kl_divergence,
     run_layers,
+    tf32,
 )
-from pq_export.decoder import Decoder
 
 VALIDATIONS = 10  # times that the held-out crops are judged
 
@@ -43,7 +42,7 @@ class TuneModelOptions:
     samples: int = 512
     steps: int = 1000
     batch: int = 16
-    weight_lr: float = 2e-3
+    weight_lr: float = 1e-3
     scale_lr: float = 1e-3
     norm_lr: float = 1e-3
     grad_clip: float = 1.0
@@ -58,6 +57,8 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
     decoder, reference = run.decoder, run.reference
     assert reference is not None
     ids = run.crops[: options.samples].to(run.device)
+    # The teacher sees the same crops in every epoch: its hidden states are computed once.
+    expected = torch.cat([run_layers(reference, part) for part in ids.split(options.batch)])
     held_out = max(1, len(ids) // 16) if len(ids) > 1 else 0
     count = len(ids) - held_out
     trainable = make_trainable(
@@ -67,18 +68,16 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
     optimizer = trainable.optimizer(
         options.weight_lr, options.scale_lr, options.norm_lr, fused=ids.device.type == "cuda"
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(options.steps, warm_up=options.steps // 20))
 
     def loss_of(rows: Tensor) -> Tensor:
-        with torch.no_grad(), autocast(rows.device):
-            expected = run_layers(reference, rows)
-        with autocast(rows.device):
-            actual = run_layers(decoder, rows, options.checkpoint)
-        return kl_divergence(expected, actual, _head(reference), _head(decoder))
+        with autocast(ids.device):
+            actual = run_layers(decoder, ids[rows], options.checkpoint)
+        return kl_divergence(expected[rows], actual, reference.logits, decoder.logits)
 
     @torch.no_grad()
     def validation() -> float:
-        judged = ids[count:] if held_out else ids
+        judged = torch.arange(count if held_out else 0, len(ids), device=ids.device)
         losses = [loss_of(part) * len(part) for part in judged.split(options.batch)]
         return (torch.stack(losses).sum() / len(judged)).item()
 
@@ -88,9 +87,9 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
     every = max(1, options.steps // VALIDATIONS)
     with run.stages.stage("tune model", options.steps) as advance:
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), tf32(ids.device):
                 for step, rows in enumerate(batches(count, options.batch, options.steps, run.plan.seed)):
-                    loss = loss_of(ids[rows.to(ids.device)])
+                    loss = loss_of(rows.to(ids.device))
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(trainable.all(), options.grad_clip)
@@ -107,7 +106,3 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
     for index, (layer, original, found) in enumerate(zip(decoder.layers, reference.layers, run.layers, strict=True)):
         settle(layer, original, found, run.bits(index))
     run.statistics["tune_model"] = {"validation_kl": history}
-
-
-def _head(decoder: Decoder) -> Head:
-    return decoder.logits

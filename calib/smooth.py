@@ -1,0 +1,144 @@
+"""Per-channel smoothing in front of linears: flatten activations, let the weights carry their range.
+
+SmoothQuant (Xiao et al., arXiv 2211.10438) divides channel j of a linear's input by ``s_j`` and multiplies its
+column by it; OmniQuant (arXiv 2308.13137) adds the pair up_proj and down_proj. Here it works beside rotations,
+in the basis that they leave, and α is chosen site by site, with "no smoothing" among the candidates::
+
+    q/k/v_proj, gate/up_proj     input_layernorm, post_attention_layernorm gain / s
+    down_proj                    up_proj rows (and bias) / s          (not with R4, which mixes the channels)
+
+Nothing is executed online. It is what an accelerator that cannot afford R4 has against the outlier channels of
+down_proj's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pq_export.calib.block import StagedBlock, get_linear
+from pq_export.calib.checkpoint import full_logits, probe_ids
+from pq_export.calib.rewrites import assert_unchanged
+from pq_export.calibration import SITE_OF_LINEAR
+from pq_export.decoder import Decoder, DecoderLayer
+from pq_export.errors import PqExportError
+from pq_export.precision import Precision
+from pq_export.quantizer import fake_quantize, scale_from_max
+
+NORM_OF_SITE = {"self_attn.qkv_input": "input_layernorm", "mlp.gate_up_input": "post_attention_layernorm"}
+DOWN_SITE = "mlp.down_input"
+SMOOTHABLE = (*NORM_OF_SITE, DOWN_SITE)
+ALPHAS = tuple(0.1 * i for i in range(11))
+CLIP_FACTORS = (1.0, 0.8, 0.6, 0.45)  # of the range: a search of scales will clip too
+SMALLEST = 1e-5  # of the largest: a channel that is never used must not divide by zero
+
+
+@dataclass(frozen=True)
+class SmoothOptions:
+    """``sites`` to smooth. ``alphas``: how much of a channel's range may move into the weights; tried in turn."""
+
+    sites: tuple[str, ...] = SMOOTHABLE
+    alphas: tuple[float, ...] = ALPHAS
+
+    def __post_init__(self) -> None:
+        for site in self.sites:
+            if site not in SMOOTHABLE:
+                raise ValueError(f"site '{site}' cannot be smoothed; there are {', '.join(SMOOTHABLE)}")
+        if not all(0.0 <= alpha <= 1.0 for alpha in self.alphas):
+            raise ValueError(f"alphas must be between 0 and 1, not {list(self.alphas)}")
+
+
+@torch.no_grad()
+def smooth(
+    decoder: Decoder,
+    crops: Tensor,
+    precision: Precision,
+    options: SmoothOptions | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, float | None]:
+    """Smooth ``decoder`` (floating point, norms fused, prefix set) in place; ``layers.N.<site>`` -> α, None for none.
+
+    ``crops`` int64 [N, S]. Raises :class:`PqExportError` if the logits change, or where R4 mixes the channels.
+    The prefix KV stays valid: neither queries, keys nor values change.
+    """
+    options = options or SmoothOptions()
+    layers = decoder.layers
+    if DOWN_SITE in options.sites and not isinstance(layers[0].mlp.down_rotation, nn.Identity):
+        raise PqExportError(
+            "R4 mixes the channels of down_proj's input, which cannot be smoothed then",
+            where="smooth",
+            cure="Use --rotate offline or none, or leave mlp.down_input out of its sites.",
+        )
+    ids = crops.to(decoder.embed_tokens.weight.device)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    context = decoder.context(positions, torch.ones_like(positions), 0)
+    probe = probe_ids(decoder.config.vocab_size).to(ids.device)
+    reference = full_logits(decoder, probe)
+    x, chosen = decoder.embed(ids), dict[str, float | None]()
+    for index, layer in enumerate(layers):
+        staged = StagedBlock(layer, *context)
+        h = staged.residual(x, staged.context(x))
+        inner = staged.inner(h)
+        inputs = {
+            "self_attn.qkv_input": layer.input_layernorm(x),
+            "mlp.gate_up_input": layer.post_attention_layernorm(h),
+            DOWN_SITE: inner,
+        }
+        x = staged.output(h, inner)
+        for site in options.sites:
+            linears = [get_linear(layer, name) for name, of in SITE_OF_LINEAR.items() if of == site]
+            alpha, s = _best(inputs[site].flatten(0, -2), linears, precision, options.alphas)
+            chosen[f"layers.{index}.{site}"] = alpha
+            if s is not None:
+                _fold(layer, site, linears, s)
+        progress(1)
+    assert_unchanged(full_logits(decoder, probe), reference, "smooth")
+    return chosen
+
+
+def _best(
+    x: Tensor, linears: list[nn.Linear], precision: Precision, alphas: tuple[float, ...]
+) -> tuple[float | None, Tensor | None]:
+    """α and factors [in] with the least output error of the quantized linears; ``x`` [tokens, in]."""
+    weight = torch.cat([linear.weight for linear in linears])
+    target = x @ weight.T
+    best: tuple[float | None, Tensor | None] = (None, None)
+    least = _error(x, weight, target, precision)
+    peak, columns = x.abs().amax(0), weight.abs().amax(0)
+    peak = peak.clamp_min(SMALLEST * peak.max())
+    columns = columns.clamp_min(SMALLEST * columns.max())
+    for alpha in alphas:
+        s = peak**alpha / columns ** (1.0 - alpha)
+        s = s / s.log().mean().exp()
+        if (error := _error(x / s, weight * s, target, precision)) < least:
+            best, least = (alpha, s), error
+    return best
+
+
+def _error(x: Tensor, weight: Tensor, target: Tensor, precision: Precision) -> float:
+    """Squared error of the output, weights rounded to nearest, activations at the best of a few scales."""
+    bits = precision.weight_bits
+    rounded = fake_quantize(weight, scale_from_max(weight.abs().amax(1, keepdim=True), bits), bits)
+    if precision.activation_bits == 16:
+        return (x @ rounded.T - target).square().sum().item()
+    base = scale_from_max(x.abs().max(), precision.activation_bits)
+    inputs = (fake_quantize(x, base * factor, precision.activation_bits) for factor in CLIP_FACTORS)
+    return min((q @ rounded.T - target).square().sum().item() for q in inputs)
+
+
+def _fold(layer: DecoderLayer, site: str, linears: list[nn.Linear], s: Tensor) -> None:
+    """Divide what writes the site's channels by ``s`` and multiply the columns that read them."""
+    s = s.double()
+    if site in NORM_OF_SITE:
+        writers: list[Tensor] = [layer.get_parameter(f"{NORM_OF_SITE[site]}.weight")]
+    else:
+        up = layer.mlp.up_proj
+        writers = [up.weight] if up.bias is None else [up.weight, up.bias]
+    for parameter in writers:
+        factor = s[:, None] if parameter.dim() == 2 else s
+        parameter.data = (parameter.double() / factor).to(parameter.dtype)
+    for linear in linears:
+        linear.weight.data = (linear.weight.double() * s).to(linear.weight.dtype)
