@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,12 +31,15 @@ class Silent:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """``seconds`` of wall time; ``peak_rss`` in bytes while the stage ran; ``reused`` from an earlier run."""
+    """``seconds`` of wall time; ``peak_rss`` in bytes while the stage ran, ``peak_device`` the same of CUDA tensors;
+    ``reused`` from an earlier run.
+    """
 
     name: str
     seconds: float
     peak_rss: int
     reused: bool = False
+    peak_device: int = 0
 
 
 class Stages:
@@ -55,6 +59,8 @@ class Stages:
             while not stop.wait(SAMPLE_SECONDS):
                 peak[0] = max(peak[0], _rss())
 
+        if (cuda := _cuda()) is not None:
+            cuda.reset_peak_memory_stats()
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
         try:
@@ -63,10 +69,17 @@ class Stages:
             stop.set()
             sampler.join()
             peak[0] = max(peak[0], _rss())
-            self.records.append(StageRecord(name, time.perf_counter() - started, peak[0], reused))
+            device = 0 if (cuda := _cuda()) is None else int(cuda.max_memory_allocated())
+            self.records.append(StageRecord(name, time.perf_counter() - started, peak[0], reused, device))
 
     def to_list(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.records]
+
+
+def _cuda() -> Any:
+    """``torch.cuda`` where the process uses it already; this module itself must not load PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _rss() -> int:

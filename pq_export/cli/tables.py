@@ -32,14 +32,22 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     _print_sizes(console, report)
     if report.get("validation"):
         print_validation(console, report["validation"])
+    stages = report["stages"]
+    device = any(s.get("peak_device") for s in stages)
     rows = [
-        [s["name"] + (" (kept)" if s["reused"] else ""), seconds_text(s["seconds"]), bytes_text(s["peak_rss"])]
-        for s in report["stages"]
+        [
+            s["name"] + (" (kept)" if s["reused"] else ""),
+            seconds_text(s["seconds"]),
+            bytes_text(s["peak_rss"]),
+            *([bytes_text(s.get("peak_device", 0))] if device else []),
+        ]
+        for s in stages
     ]
     if rows:
-        total = sum(s["seconds"] for s in report["stages"])
-        rows.append(["total", seconds_text(total), bytes_text(max(s["peak_rss"] for s in report["stages"]))])
-        console.print(table("Time and memory", ["stage", "time", "peak RSS"], rows))
+        columns = ["stage", "time", "peak RSS", *(["peak CUDA"] if device else [])]
+        peaks = [bytes_text(max(s.get(key, 0) for s in stages)) for key in ("peak_rss", "peak_device")[: 1 + device]]
+        rows.append(["total", seconds_text(sum(s["seconds"] for s in stages)), *peaks])
+        console.print(table("Time and memory", columns, rows))
 
 
 def _print_sizes(console: Console, report: dict[str, Any]) -> None:
