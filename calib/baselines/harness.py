@@ -134,6 +134,10 @@ class Arena:
             quantize_blocks(decoder, self.crops, self.plan.precision, ranges, place, rounding, advance)
         return Candidate(decoder, weights="rtn" if rounding.gptq is None else "gptq")
 
+    def with_plan(self, plan: Plan) -> Arena:
+        """The same comparison under another plan of ours."""
+        return Arena(self.checkpoint, plan, "rtn" if self.rounding.gptq is None else "gptq")
+
     def recipe(self, stages: Stages, steps: Steps, prefix: tuple[int, ...] | None = None) -> Candidate:
         """Our own static pipeline with ``steps``, in memory; ``prefix`` replaces the one of the plan."""
         plan = replace(self.plan, steps=steps)

@@ -115,6 +115,7 @@ def validate(bundle: Path, **flags: Any) -> None:
 @click.option("--text", type=opt.path_type, metavar="FILE", help="Evaluation text (default: held-out built-in text).")
 @click.option("--windows", type=click.IntRange(min=1), default=2, show_default=True, help="Windows to evaluate.")
 @click.option("--window", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens a window.")
+@click.option("--ablation", is_flag=True, help="Our recipe's steps, added in order and each alone, instead of rivals.")
 @click.option(
     "-o", "--output", type=opt.path_type, help="Directory for compare.json and .html (default: out/NAME-...-compare)."
 )

@@ -11,7 +11,7 @@ from typing import Any
 from pq_export import __version__
 from pq_export.cli.commands import _load, _plan, check_device
 from pq_export.cli.console import Screen, output_console, print_json, seconds_text, table
-from pq_export.errors import PqExportError
+from pq_export.errors import PqExportError, UsageError
 from pq_export.files import check_output, new_directory
 from pq_export.stages import Stages
 
@@ -20,10 +20,14 @@ PREFIX_ROOM = 16  # tokens of the model's context that are left to prefixes
 
 def run_compare(model: str, flags: dict[str, Any]) -> bool:
     """``pq-export compare MODEL``."""
+    from pq_export.calib.baselines.ablation import ablation
     from pq_export.calib.baselines.harness import compare, find_methods
 
     plan = _plan(flags)
-    methods = find_methods(flags["methods"], plan)
+    if flags["ablation"] and flags["methods"]:
+        raise UsageError("--ablation and --methods exclude each other", cure="Give one of them.")
+    methods = [*find_methods("fp,fp+prefix", plan), *ablation(plan)] if flags["ablation"] else []
+    methods = methods or find_methods(flags["methods"], plan)
     path = Path(model)
     name = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
     output = flags["output"] or Path("out") / f"{name}-{str(plan.precision).lower()}-compare"
