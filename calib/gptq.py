@@ -135,7 +135,7 @@ def _cholesky(gram: Tensor, damp: Tensor) -> Tensor:
     g, mean = gram.double(), gram.diagonal().double().mean().clamp_min(1e-30)
     damp = torch.maximum(damp, 1e-8 * mean)
     identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
-    while damp <= MAX_DAMPING * mean:
+    while torch.isfinite(mean) and damp <= MAX_DAMPING * mean:
         factor, info = torch.linalg.cholesky_ex(g + damp * identity)
         if info.item() == 0:
             return factor
@@ -201,7 +201,8 @@ def refit_scale(weight: Tensor, codes: Tensor, scale: Tensor, gram: Tensor) -> T
 def coordinate_descent(weight: Tensor, codes: Tensor, scale: Tensor, gram: Tensor, bits: int, block: int) -> Tensor:
     """One sweep: each column in turn takes the codes that are best given all others."""
     codes, size = codes.clone(), weight.shape[1]
-    diagonal = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
+    diagonal = gram.diagonal()
+    diagonal = torch.where(diagonal > 0, diagonal, 1.0)  # a dead input: its slope is 0
     slope = (weight - codes * scale[:, None]) @ gram  # [out, in]: minus half the gradient
     for start in range(0, size, block):
         stop = min(start + block, size)
