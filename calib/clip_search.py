@@ -40,6 +40,10 @@ class ClipSearchOptions:
     activations: bool = True
     passes: int = 1
 
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise ValueError(f"passes must be at least 1, not {self.passes}")
+
 
 @torch.no_grad()
 def clip_search(block: Block, options: ClipSearchOptions, samples: int, length: int) -> None:

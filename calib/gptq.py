@@ -42,6 +42,17 @@ class GptqOptions:
     propagation: float = 0.5
     samples: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, least, most in (
+            ("damping", self.damping, 0.0, MAX_DAMPING),
+            ("propagation", self.propagation, 0.0, 1.0),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be between {least:g} and {most:g}, not {value}")
+        for name, count, fewest in (("block", self.block, 1), ("refine", self.refine, 0), ("samples", self.samples, 1)):
+            if count is not None and count < fewest:
+                raise ValueError(f"{name} must be at least {fewest}, not {count}")
+
 
 @torch.no_grad()
 def gptq_block(block: Block, options: GptqOptions, samples: int) -> None:

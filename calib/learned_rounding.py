@@ -7,6 +7,7 @@ AdaRound (Nagel et al., arXiv 2004.10568) with BRECQ's block-wise loss (Li et al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from pq_export.calib.block import Block, get_linear
 from pq_export.calib.fake_quant import CELL_MARGIN
-from pq_export.calib.training import Diverged, DivergenceGuard, autocast, batches, check_positive
+from pq_export.calib.training import Diverged, DivergenceGuard, autocast, batches, check_positive, check_rates
 from pq_export.calibration import SITE_OF_LINEAR
 from pq_export.quantizer import code_range
 
@@ -39,6 +40,9 @@ class LearnedRoundingOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "samples", "steps", "batch")
+        check_rates(self, "lr")
+        if not 0.0 <= self.penalty < math.inf:
+            raise ValueError(f"penalty must be 0 or a positive number, not {self.penalty}")
 
 
 class SoftRoundedLinear(nn.Module):

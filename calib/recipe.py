@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 from pq_export.calib.steps import STEPS, Phase, StepKind
-from pq_export.errors import PqExportError
+from pq_export.errors import PqExportError, UsageError
 from pq_export.plan import PLAN_KEYS, Plan
+from pq_export.precision import Precision
 
 DIRECTORY = Path(__file__).parent / "recipes"
 DEFAULT = "default"
@@ -54,7 +55,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise PqExportError("is not YAML (not UTF-8 text)", where=path) from None
     except yaml.YAMLError as error:
-        raise PqExportError(f"is not YAML ({' '.join(str(error).split())})", where=path) from None
+        mark = getattr(error, "problem_mark", None)
+        where = path if mark is None else f"{path}:{mark.line + 1}"
+        raise PqExportError(f"is not YAML ({' '.join(str(error).split())})", where=where) from None
     if not isinstance(node, yaml.MappingNode):
         raise PqExportError("is not a mapping of options", where=path, cure=f"Keys: {', '.join(RECIPE_KEYS)}.")
     content: dict[str, Any] = {}
@@ -65,8 +68,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise PqExportError(f"unknown key '{key}'", where=where, cure=_did_you_mean(key, RECIPE_KEYS))
         if key in content:
             raise PqExportError(f"'{key}' stands here a second time", where=where, cure="Keep one of them.")
-        content[key] = _steps(value_node, path) if key == "steps" else _value(value_node, path)
+        if key == "steps":
+            content[key] = _steps(value_node, path)
+        else:
+            content[key] = _value(value_node, path)
+            _check_plan_value(key, content[key], where)
     return content
+
+
+def _check_plan_value(key: str, value: Any, where: str) -> None:
+    """Raise what :class:`Plan` and :class:`Precision` say of a value by itself, with its line."""
+    try:
+        if key == "precision":
+            Precision.named(str(value).lower())
+        elif key == "kv":
+            Precision.named("w4a4", value)
+        else:
+            Plan(Precision.named("w4a4"), **{key: value})
+    except UsageError as error:
+        raise PqExportError(error.what, where=where, cure=error.cure) from None
 
 
 def kinds_and_options(plan: Plan) -> list[tuple[StepKind, Any]]:
@@ -106,9 +126,9 @@ def _options(kind: StepKind, options: Any, item: yaml.Node, path: Path) -> dict[
     """Options of one step, checked against its dataclass: names, types, and what its constructor refuses."""
     if options is None:
         return {}
-    lines = _option_lines(item)
     if not isinstance(options, dict):
         raise PqExportError(f"options of step '{kind.name}' are no mapping", where=_where(path, item))
+    lines = _option_lines(item, path)
     types_of = typing.get_type_hints(kind.options)
     for key, value in options.items():
         where = f"{path}:{lines.get(str(key), item.start_mark.line + 1)}"
@@ -118,18 +138,28 @@ def _options(kind: StepKind, options: Any, item: yaml.Node, path: Path) -> dict[
         if not _fits(value, types_of[key]):
             expected = _type_name(types_of[key])
             raise PqExportError(f"{kind.name}: {key} is {value!r}, not {expected}", where=where)
-        try:
-            kind.options(**{key: value})
-        except (ValueError, PqExportError) as error:
-            raise PqExportError(f"{kind.name}: {getattr(error, 'what', error)}", where=where) from None
+        _construct(kind, {key: value}, where)
+    _construct(kind, options, _where(path, item))  # what each allows alone they may not allow together
     return dict(options)
 
 
-def _option_lines(item: yaml.Node) -> dict[str, int]:
-    """Line of each option of a step, counted from 1."""
+def _construct(kind: StepKind, options: dict[str, Any], where: str) -> None:
+    try:
+        kind.options(**options)
+    except (ValueError, PqExportError) as error:
+        raise PqExportError(f"{kind.name}: {getattr(error, 'what', error)}", where=where) from None
+
+
+def _option_lines(item: yaml.Node, path: Path) -> dict[str, int]:
+    """Line of each option of a step, counted from 1; each may stand there once."""
+    lines: dict[str, int] = {}
     if isinstance(item, yaml.MappingNode) and isinstance(item.value[0][1], yaml.MappingNode):
-        return {str(key.value): key.start_mark.line + 1 for key, _ in item.value[0][1].value}
-    return {}
+        for key, _ in item.value[0][1].value:
+            if str(key.value) in lines:
+                what = f"'{key.value}' stands here a second time"
+                raise PqExportError(what, where=_where(path, key), cure="Keep one of them.")
+            lines[str(key.value)] = key.start_mark.line + 1
+    return lines
 
 
 def _fits(value: Any, kind: Any) -> bool:

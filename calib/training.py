@@ -199,3 +199,13 @@ def check_positive(options: object, *names: str) -> None:
     for name in names:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(options, name)}")
+
+
+def check_rates(options: object, *names: str) -> None:
+    """Raise ValueError for a learning rate that is negative or not finite, or where all are 0."""
+    rates = {name: getattr(options, name) for name in names}
+    for name, rate in rates.items():
+        if not 0.0 <= rate < math.inf:
+            raise ValueError(f"{name} must be 0 or a positive number, not {rate}")
+    if not any(rates.values()):
+        raise ValueError(f"{', '.join(names)}: all are 0, so that nothing is learned")

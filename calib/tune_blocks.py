@@ -20,7 +20,16 @@ from torch import Tensor
 
 from pq_export.calib.block import BATCH, Block, StagedBlock
 from pq_export.calib.trainable_layer import make_trainable, settle
-from pq_export.calib.training import BestKeeper, Diverged, DivergenceGuard, autocast, batches, check_positive, cosine
+from pq_export.calib.training import (
+    BestKeeper,
+    Diverged,
+    DivergenceGuard,
+    autocast,
+    batches,
+    check_positive,
+    check_rates,
+    cosine,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,9 @@ class TuneBlocksOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "samples", "epochs", "batch", "window")
+        check_rates(self, "weight_lr", "scale_lr", "norm_lr")
+        if not self.grad_clip > 0.0:
+            raise ValueError(f"grad_clip must be positive, not {self.grad_clip}")
 
 
 def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note: Callable[[str], None]) -> None:

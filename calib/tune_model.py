@@ -22,6 +22,7 @@ from pq_export.calib.training import (
     autocast,
     batches,
     check_positive,
+    check_rates,
     cosine,
     kl_divergence,
     run_layers,
@@ -50,6 +51,9 @@ class TuneModelOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "samples", "steps", "batch")
+        check_rates(self, "weight_lr", "scale_lr", "norm_lr")
+        if not self.grad_clip > 0.0:
+            raise ValueError(f"grad_clip must be positive, not {self.grad_clip}")
 
 
 def tune_model(run: Run, options: TuneModelOptions) -> None:
