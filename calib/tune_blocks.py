@@ -92,6 +92,7 @@ def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note
     before = validation()
     best.offer(before, trainable.all())
     try:
+        guard.check(before)  # a rise is measured from here, not from the first epoch's end
         with torch.enable_grad():
             for step, rows in enumerate(batches(count, options.batch, steps, seed)):
                 loss = loss_of(rows.to(x.device))

@@ -91,6 +91,7 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
     every = max(1, options.steps // VALIDATIONS)
     with run.stages.stage("tune model", options.steps) as advance:
         try:
+            guard.check(history[0])  # a rise is measured from here
             with torch.enable_grad(), tf32(ids.device):
                 for step, rows in enumerate(batches(count, options.batch, options.steps, run.plan.seed)):
                     loss = loss_of(rows.to(ids.device))
