@@ -204,7 +204,6 @@ class RotatedLinear(nn.Module):
         return F.linear(x, self.weight(), self.linear.bias)
 
 
-@torch.enable_grad()
 def learn_rotations(
     decoder: Decoder,
     crops: Tensor,
@@ -214,13 +213,28 @@ def learn_rotations(
     progress: Callable[[int], None] = lambda done: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[float]:
-    """Learn R1 and R2 and fold them into ``decoder`` in place; returns the loss of each step.
+    """:func:`find_rotations`, then :func:`fold_rotations`; returns the loss of each step."""
+    matrices, losses = find_rotations(decoder, crops, ranges, precision, options, progress, note)
+    fold_rotations(decoder, matrices)
+    return losses
+
+
+@torch.enable_grad()
+def find_rotations(
+    decoder: Decoder,
+    crops: Tensor,
+    ranges: Ranges,
+    precision: Precision,
+    options: RotationOptions | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Learn rotations of ``decoder``: fp64 ``R1`` [1, hidden, hidden], ``R2`` [L, D, D], and the loss of each step.
 
     ``decoder``: norms fused, rotated by the random Hadamards, in floating point, prefix KV set. ``crops`` int64
     [N, S]; ``ranges``: ``layers.N.<site>`` -> maximum, as :func:`pq_export.calib.ranges.collect_ranges` gives
-    them. The prefix's values are rotated along, but are no longer FP16 values: compute the prefix KV again.
-    If training diverges, ``note`` says so, the last good rotations are folded and the curve is short.
-    Raises :class:`PqExportError` if norms are not fused, or if folding changes the logits.
+    them. If training diverges, ``note`` says so, the last good rotations are returned and the curve is short.
+    Raises :class:`PqExportError` if norms are not fused.
     """
     options, device = options or RotationOptions(), decoder.embed_tokens.weight.device
     _check(decoder, options)
@@ -257,8 +271,7 @@ def learn_rotations(
     except Diverged as diverged:
         keeper.restore()
         note(f"learned rotation stopped: {diverged}; the rotations before that are kept")
-    _fold(decoder, rotations)
-    return losses
+    return {name: learned(torch.float64).detach() for name, learned in rotations.learned.items()}, losses
 
 
 def _check(decoder: Decoder, options: RotationOptions) -> None:
@@ -309,21 +322,26 @@ def _loss(decoder: Decoder, model: Decoder, ids: Tensor, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def _fold(decoder: Decoder, rotations: Rotations) -> None:
-    """Multiply the learned matrices into weights and prefix values; the logits must not change."""
-    ids = probe_ids(decoder.config.vocab_size).to(decoder.embed_tokens.weight.device)
+def fold_rotations(decoder: Decoder, matrices: dict[str, Tensor]) -> None:
+    """Multiply learned ``matrices`` (of :func:`find_rotations`) into weights and prefix values, in place.
+
+    The prefix's values are rotated along, but are no longer FP16 values: compute the prefix KV again. Raises
+    :class:`PqExportError` if the logits change.
+    """
+    device = decoder.embed_tokens.weight.device
+    ids = probe_ids(decoder.config.vocab_size).to(device)
     reference = full_logits(decoder, ids)
-    for name, learned in rotations.learned.items():
-        q = learned(torch.float64)
-        error = (q @ q.mT - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).abs().max().item()
+    for name, matrix in sorted(matrices.items()):
+        q = matrix.to(device)
+        error = (q @ q.mT - torch.eye(q.shape[-1], dtype=q.dtype, device=device)).abs().max().item()
         if not error < ORTHOGONALITY_TOLERANCE:
             raise PqExportError(f"the learned {name} is off orthogonal by {error:.3g}: please report this defect")
         if name == "R1":
             fold_r1(decoder, q[0])
         else:
             fold_r2(decoder, q)
-            for layer, matrix in zip(decoder.layers, q, strict=True):
+            for layer, own in zip(decoder.layers, q, strict=True):
                 value = layer.self_attn.prefix_value
                 if value is not None:
-                    layer.self_attn.prefix_value = (value.double() @ matrix).to(value.dtype)
+                    layer.self_attn.prefix_value = (value.double() @ own).to(value.dtype)
         assert_unchanged(full_logits(decoder, ids), reference, f"learned {name}")

@@ -122,7 +122,7 @@ def _train(
     warm_up = int(WARM_UP * options.steps)
     for step, rows in enumerate(batches(len(x), options.batch, options.steps, seed)):
         picked = rows.to(x.device)
-        with autocast(x.device):
+        with autocast(x.device, min(block.bits.activation.values())):
             y = staged.run(x[picked])
         error = (y.float() - target[picked]).square().mean() / size
         loss = error

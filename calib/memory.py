@@ -18,7 +18,8 @@ CURES = {
     "tune prefix": "Use a smaller 'batch' in the recipe's tune_prefix, or a smaller --seq-len.",
 }
 OTHERWISE = "Use a smaller --seq-len or fewer --calib-samples."
-CPU_ALLOCATOR = "not enough memory"  # what PyTorch's CPU allocator says, in a plain RuntimeError
+# What PyTorch says in a plain RuntimeError: its CPU allocator on Linux and elsewhere, cuBLAS, and CUDA itself.
+SIGNS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def memory_errors(stages: Stages) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError):
         raise _error(stages) from None
     except RuntimeError as error:
-        if CPU_ALLOCATOR not in str(error):
+        if not any(sign in str(error) for sign in SIGNS):
             raise
         raise _error(stages) from None
 

@@ -29,16 +29,18 @@ from pq_export.calibration import (
     SITES,
     Calibration,
     Prefix,
+    check_calibration,
     prefix_key,
     save_calibration,
 )
-from pq_export.errors import PqExportError
+from pq_export.errors import PqExportError, UsageError
 from pq_export.files import new_directory
 from pq_export.plan import Plan
 from pq_export.quantizer import pack_int4
 from pq_export.stages import Stages
 
 STAGES_NAME = "stages.json"
+MORE_CROPS_SEED = 1000  # beyond the plan's seed: crops that only training steps see
 Steps = list[tuple[StepKind, Any]]
 
 
@@ -52,6 +54,7 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
         run = begin(checkpoint, plan, WorkDirectory(output, plan.fingerprint(checkpoint.source.sha256)), stages)
         quantize_decoder(run)
     calibration = assemble(run)
+    check_calibration(calibration, output)
     with new_directory(output) as directory:
         save_calibration(calibration, directory)
         save_assets(checkpoint, directory / ASSETS_NAME)
@@ -71,8 +74,16 @@ def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stage
         )
     texts = {name: tokenize(checkpoint.tokenizer, text) for name, text in read_texts(plan.calib_data).items()}
     steps = kinds_and_options(plan)
-    count = max(plan.calib_samples, plan.search_samples, *(kind.crops(options, plan) for kind, options in steps))
-    crops = mixed_crops(texts, count, plan.seq_len, plan.seed)
+    for kind, options in steps:
+        if trouble := kind.trouble(options, plan, checkpoint.decoder.config):
+            raise UsageError(f"step '{kind.name}' {trouble}")
+    # Drawn apart, so that ranges and Hessians see the same crops whatever a later step trains on.
+    own = max(plan.calib_samples, plan.search_samples)
+    more = max(kind.crops(options, plan) for kind, options in steps) - own
+    parts = [mixed_crops(texts, own, plan.seq_len, plan.seed)]
+    if more > 0:
+        parts.append(mixed_crops(texts, more, plan.seq_len, plan.seed + MORE_CROPS_SEED))
+    crops = torch.cat(parts)
     work.open()
     smoothed = any(kind.name == "smooth_attention" for kind, _ in steps)
     with stages.stage("rewrite weights"):
@@ -93,8 +104,14 @@ def quantize_decoder(run: Run) -> None:
     for kind, options in of(Phase.WEIGHTS):
         kind.run(run, options)
     _collect_ranges(run)
-    for kind, options in of(Phase.PRECISION):
+    kept = run.work.load("overrides")
+    for kind, options in of(Phase.PRECISION) if kept is None else []:
         kind.run(run, options)
+    if kept is not None:
+        run.overrides, run.statistics = dict(kept["overrides"]), {**run.statistics, **kept["statistics"]}
+    elif of(Phase.PRECISION):
+        chosen = {name: run.statistics[name] for name in ("sensitivity", "key_bits") if name in run.statistics}
+        run.work.save("overrides", {"overrides": run.overrides, "statistics": chosen})
     if any(kind.teacher for kind, _ in steps):
         run.reference = copy.deepcopy(run.decoder)
     _quantize_blocks(run, of(Phase.BLOCKS))
@@ -161,8 +178,10 @@ def _quantize_blocks(run: Run, steps: Steps) -> None:
     reference_x = x = decoder.embed(ids)
     window = max((kind.window(options) for kind, options in steps), default=1)
     recent: deque[Block] = deque(maxlen=window)
-    done = (run.work.load("blocks") or {"done": 0})["done"]
-    kept = [run.work.load_layer(i, ids.device) if i < done else None for i in range(len(decoder.layers))]
+    # A layer's state is kept under the index of the last block that was quantized when it was made.
+    tags: list[str] = (run.work.load("blocks") or {"tags": []})["tags"]
+    kept = [run.work.load_layer(index, tag, ids.device) for index, tag in enumerate(tags)]
+    kept += [None] * (len(decoder.layers) - len(kept))
     title = "quantize blocks"
     with run.stages.stage(title, len(decoder.layers), reused=all(k is not None for k in kept)) as advance:
         for index, layer in enumerate(decoder.layers):
@@ -178,9 +197,13 @@ def _quantize_blocks(run: Run, steps: Steps) -> None:
                 for kind, options in steps:
                     kind.run(run, list(recent), options)
                 block.found.error = block.measure_error(plan.search_samples)
+                old, tags = tags, [*tags[:index], ""]
                 for one in recent:
-                    run.work.save_layer(one.index, one.found)
-                run.work.save("blocks", {"done": index + 1})
+                    run.work.save_layer(one.index, str(index), one.found)
+                    tags[one.index] = str(index)
+                run.work.save("blocks", {"tags": tags})
+                for one in list(recent)[:-1]:
+                    run.work.drop_layer(one.index, old[one.index])
             run.layers.append(block.found)
             x, reference_x = block.staged().run(block.x), block.reference_y
             advance()
@@ -195,20 +218,23 @@ def _stream_size(run: Run, steps: Steps) -> tuple[int, int]:
 
 
 def _model_step(run: Run, kind: StepKind, options: Any) -> None:
-    """A step on the whole model; its result replaces the blocks' files and counts as done after them."""
-    finished = (run.work.load("model") or {"done": []})["done"]
+    """A step on the whole model. Its result is kept whole: scales and codes of all layers, and the prefix KV."""
     prefix = run.work.load_tensors(f"{kind.name}.prefix")
-    if kind.name in finished and prefix is not None:
-        with run.stages.stage(kind.name.replace("_", " "), reused=True):
-            for index, layer in enumerate(run.decoder.layers):
-                for which in ("key", "value") if run.token_ids else ():
-                    setattr(layer.self_attn, f"prefix_{which}", prefix[f"{index}.{which}"].to(run.device))
-            return
-    kind.run(run, options)
-    for index, found in enumerate(run.layers):
-        run.work.save_layer(index, found)
-    run.work.save_tensors(f"{kind.name}.prefix", _prefix_tensors(run))
-    run.work.save("model", {"done": [*finished, kind.name]})
+    layers = [run.work.load_layer(index, kind.name, run.device) for index in range(len(run.decoder.layers))]
+    if prefix is None or any(found is None for found in layers) or run.work.load(kind.name) is None:
+        kind.run(run, options)
+        for index, found in enumerate(run.layers):
+            run.work.save_layer(index, kind.name, found)
+        run.work.save_tensors(f"{kind.name}.prefix", _prefix_tensors(run))
+        run.work.save(kind.name, {"statistics": run.statistics.get(kind.name)})
+        return
+    with run.stages.stage(kind.name.replace("_", " "), reused=True):
+        run.layers = [found for found in layers if found is not None]
+        for index, (layer, found) in enumerate(zip(run.decoder.layers, run.layers, strict=True)):
+            install(layer, found, run.bits(index))
+            for which in ("key", "value") if run.token_ids else ():
+                setattr(layer.self_attn, f"prefix_{which}", prefix[f"{index}.{which}"].to(run.device))
+        run.statistics[kind.name] = (run.work.load(kind.name) or {}).get("statistics")
 
 
 def _prefix_tensors(run: Run) -> dict[str, Tensor]:

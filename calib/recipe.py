@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from pq_export.calib.clip_search import ClipSearchOptions
 from pq_export.calib.steps import STEPS, Phase, StepKind
 from pq_export.errors import PqExportError, UsageError
 from pq_export.plan import PLAN_KEYS, Plan
@@ -26,6 +28,9 @@ from pq_export.precision import Precision
 
 DIRECTORY = Path(__file__).parent / "recipes"
 DEFAULT = "default"
+ROUNDING = ("gptq", "learned_rounding", "tune_blocks")  # steps that choose codes
+# (later, earlier): what the later one leaves is not what the earlier one starts from.
+IMPOSSIBLE = (("smooth", "learn_rotations"), ("tune_blocks", "gptq"), ("learned_rounding", "gptq"))
 RECIPE_KEYS = (*PLAN_KEYS, "kv", "steps")
 
 
@@ -115,11 +120,33 @@ def _steps(node: yaml.Node, path: Path) -> tuple[tuple[str, dict[str, Any]], ...
             raise PqExportError(
                 f"step '{name}' needs {' or '.join(kind.after)} before it", where=where, cure="Add it to the recipe."
             )
-        steps.append((name, _options(kind, options, item, path)))
+        checked = _options(kind, options, item, path)
+        _check_order(name, checked, steps, where)
+        steps.append((name, checked))
         phase = kind.phase
     if not {"clip_search"} & {name for name, _ in steps}:
         raise PqExportError("no step finds scales", where=_where(path, node), cure="Add clip_search.")
     return tuple(steps)
+
+
+def _check_order(name: str, options: dict[str, Any], before: list[tuple[str, dict[str, Any]]], where: str) -> None:
+    """Refuse a step that would find nothing to work on, or undo what an earlier one did."""
+    names = [step for step, _ in before]
+    if name == "clip_search":
+        searched = ClipSearchOptions(**options)
+        if name not in names and not (searched.weights and searched.kv and searched.activations):
+            raise PqExportError(
+                "the first clip_search must find all scales", where=where, cure="Leave its options out."
+            )
+        if searched.weights and (later := next((n for n in names if n in ROUNDING), None)):
+            raise PqExportError(
+                f"clip_search would round the weights of '{later}' anew", where=where, cure="Set 'weights: false'."
+            )
+    elif name in names:
+        raise PqExportError(f"step '{name}' stands here a second time", where=where, cure="Keep one of them.")
+    for late, early in IMPOSSIBLE:
+        if name == early and late in names:
+            raise PqExportError(f"step '{early}' cannot come after '{late}'", where=where, cure="Put it before.")
 
 
 def _options(kind: StepKind, options: Any, item: yaml.Node, path: Path) -> dict[str, Any]:
@@ -137,7 +164,8 @@ def _options(kind: StepKind, options: Any, item: yaml.Node, path: Path) -> dict[
             raise PqExportError(f"step '{kind.name}' has no option '{key}'", where=where, cure=cure)
         if not _fits(value, types_of[key]):
             expected = _type_name(types_of[key])
-            raise PqExportError(f"{kind.name}: {key} is {value!r}, not {expected}", where=where)
+            cure = f"YAML reads it as text: write {float(value)!r}." if _is_number(value) else ""
+            raise PqExportError(f"{kind.name}: {key} is {value!r}, not {expected}", where=where, cure=cure)
         _construct(kind, {key: value}, where)
     _construct(kind, options, _where(path, item))  # what each allows alone they may not allow together
     return dict(options)
@@ -177,6 +205,14 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def _is_number(value: Any) -> bool:
+    """Text that is a number to everyone but YAML 1.1, such as 1e-3."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _type_name(kind: Any) -> str:

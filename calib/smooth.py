@@ -33,6 +33,7 @@ DOWN_SITE = "mlp.down_input"
 SMOOTHABLE = (*NORM_OF_SITE, DOWN_SITE)
 ALPHAS = tuple(0.1 * i for i in range(11))
 CLIP_FACTORS = (1.0, 0.8, 0.6, 0.45)  # of the range: a search of scales will clip too
+ERROR_TOKENS = 512  # that the error of a candidate is measured on
 SMALLEST = 1e-5  # of the largest: a channel that is never used must not divide by zero
 
 
@@ -52,21 +53,19 @@ class SmoothOptions:
 
 
 @torch.no_grad()
-def smooth(
+def find_smoothing(
     decoder: Decoder,
     crops: Tensor,
     precision: Precision,
     options: SmoothOptions | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, float | None]:
-    """Smooth ``decoder`` (floating point, norms fused, prefix set) in place; ``layers.N.<site>`` -> α, None for none.
+) -> dict[str, Tensor]:
+    """``layers.N.<site>`` -> s [in] for the sites of ``decoder`` (floating point, prefix set) that gain from it.
 
-    ``crops`` int64 [N, S]. Raises :class:`PqExportError` if the logits change, or where R4 mixes the channels.
-    The prefix KV stays valid: neither queries, keys nor values change.
+    ``crops`` int64 [N, S]. Raises :class:`PqExportError` where R4 mixes the channels.
     """
     options = options or SmoothOptions()
-    layers = decoder.layers
-    if DOWN_SITE in options.sites and not isinstance(layers[0].mlp.down_rotation, nn.Identity):
+    if DOWN_SITE in options.sites and not isinstance(decoder.layers[0].mlp.down_rotation, nn.Identity):
         raise PqExportError(
             "R4 mixes the channels of down_proj's input, which cannot be smoothed then",
             where="smooth",
@@ -75,10 +74,8 @@ def smooth(
     ids = crops.to(decoder.embed_tokens.weight.device)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     context = decoder.context(positions, torch.ones_like(positions), 0)
-    probe = probe_ids(decoder.config.vocab_size).to(ids.device)
-    reference = full_logits(decoder, probe)
-    x, chosen = decoder.embed(ids), dict[str, float | None]()
-    for index, layer in enumerate(layers):
+    x, found = decoder.embed(ids), dict[str, Tensor]()
+    for index, layer in enumerate(decoder.layers):
         staged = StagedBlock(layer, *context)
         h = staged.residual(x, staged.context(x))
         inner = staged.inner(h)
@@ -89,47 +86,64 @@ def smooth(
         }
         x = staged.output(h, inner)
         for site in options.sites:
-            linears = [get_linear(layer, name) for name, of in SITE_OF_LINEAR.items() if of == site]
-            alpha, s = _best(inputs[site].flatten(0, -2), linears, precision, options.alphas)
-            chosen[f"layers.{index}.{site}"] = alpha
+            weights = [linear.weight for linear in _linears(layer, site)]
+            s = _best(inputs[site].flatten(0, -2), torch.cat(weights), precision, options.alphas)
             if s is not None:
-                _fold(layer, site, linears, s)
+                found[f"layers.{index}.{site}"] = s
         progress(1)
+    return found
+
+
+@torch.no_grad()
+def fold_smoothing(decoder: Decoder, factors: dict[str, Tensor]) -> None:
+    """Fold what :func:`find_smoothing` found, in place. Raises :class:`PqExportError` if the logits change.
+
+    The prefix KV stays valid: neither keys nor values change.
+    """
+    probe = probe_ids(decoder.config.vocab_size).to(decoder.embed_tokens.weight.device)
+    reference = full_logits(decoder, probe)
+    for name, s in factors.items():
+        _, index, site = name.split(".", 2)
+        _fold(decoder.layers[int(index)], site, s.to(probe.device))
     assert_unchanged(full_logits(decoder, probe), reference, "smooth")
-    return chosen
 
 
-def _best(
-    x: Tensor, linears: list[nn.Linear], precision: Precision, alphas: tuple[float, ...]
-) -> tuple[float | None, Tensor | None]:
-    """α and factors [in] with the least output error of the quantized linears; ``x`` [tokens, in]."""
-    weight = torch.cat([linear.weight for linear in linears])
-    target = x @ weight.T
-    best: tuple[float | None, Tensor | None] = (None, None)
-    least = _error(x, weight, target, precision)
+def _linears(layer: DecoderLayer, site: str) -> list[nn.Linear]:
+    return [get_linear(layer, name) for name, of in SITE_OF_LINEAR.items() if of == site]
+
+
+def _best(x: Tensor, weight: Tensor, precision: Precision, alphas: tuple[float, ...]) -> Tensor | None:
+    """Factors s [in] with the least output error of the quantized linears, or None where nothing gains.
+
+    ``x`` [tokens, in]; ``weight`` [out, in], all linears of the site. Peaks are of all tokens, errors of a sample.
+    """
     peak, columns = x.abs().amax(0), weight.abs().amax(0)
     peak = peak.clamp_min(SMALLEST * peak.max())
     columns = columns.clamp_min(SMALLEST * columns.max())
+    x = x[:: max(1, len(x) // ERROR_TOKENS)]
+    target = x @ weight.T
+    best, least = None, _error(x, weight, target, peak.max(), precision)
     for alpha in alphas:
         s = peak**alpha / columns ** (1.0 - alpha)
         s = s / s.log().mean().exp()
-        if (error := _error(x / s, weight * s, target, precision)) < least:
-            best, least = (alpha, s), error
+        error = _error(x / s, weight * s, target, (peak / s).max(), precision)
+        if error < least:
+            best, least = s, error
     return best
 
 
-def _error(x: Tensor, weight: Tensor, target: Tensor, precision: Precision) -> float:
-    """Squared error of the output, weights rounded to nearest, activations at the best of a few scales."""
+def _error(x: Tensor, weight: Tensor, target: Tensor, peak: Tensor, precision: Precision) -> float:
+    """Squared error of the output, weights rounded to nearest, activations at the best of a few scales of ``peak``."""
     bits = precision.weight_bits
     rounded = fake_quantize(weight, scale_from_max(weight.abs().amax(1, keepdim=True), bits), bits)
     if precision.activation_bits == 16:
         return (x @ rounded.T - target).square().sum().item()
-    base = scale_from_max(x.abs().max(), precision.activation_bits)
+    base = scale_from_max(peak, precision.activation_bits)
     inputs = (fake_quantize(x, base * factor, precision.activation_bits) for factor in CLIP_FACTORS)
     return min((q @ rounded.T - target).square().sum().item() for q in inputs)
 
 
-def _fold(layer: DecoderLayer, site: str, linears: list[nn.Linear], s: Tensor) -> None:
+def _fold(layer: DecoderLayer, site: str, s: Tensor) -> None:
     """Divide what writes the site's channels by ``s`` and multiply the columns that read them."""
     s = s.double()
     if site in NORM_OF_SITE:
@@ -140,5 +154,5 @@ def _fold(layer: DecoderLayer, site: str, linears: list[nn.Linear], s: Tensor) -
     for parameter in writers:
         factor = s[:, None] if parameter.dim() == 2 else s
         parameter.data = (parameter.double() / factor).to(parameter.dtype)
-    for linear in linears:
+    for linear in _linears(layer, site):
         linear.weight.data = (linear.weight.double() * s).to(linear.weight.dtype)

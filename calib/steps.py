@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from pq_export.calib.block import Block
 from pq_export.calib.clip_search import ClipSearchOptions, clip_search
 from pq_export.calib.gptq import GptqOptions, gptq_block
 from pq_export.calib.key_bits import KeyBitsOptions, choose_key_bits
-from pq_export.calib.learned_rotation import RotationOptions, learn_rotations
+from pq_export.calib.learned_rotation import RotationOptions, find_rotations, fold_rotations
 from pq_export.calib.learned_rounding import LearnedRoundingOptions, learned_rounding
 from pq_export.calib.ranges import collect_ranges
 from pq_export.calib.run import Run
 from pq_export.calib.sensitivity import Keep8BitOptions, keep_8bit
-from pq_export.calib.smooth import SmoothOptions, smooth
+from pq_export.calib.smooth import DOWN_SITE, SmoothOptions, find_smoothing, fold_smoothing
 from pq_export.calib.smooth_attention import key_maxima, smooth_attention
 from pq_export.calib.tune_blocks import TuneBlocksOptions, tune_blocks
 from pq_export.calib.tune_model import TuneModelOptions, tune_model
 from pq_export.calib.tune_prefix import PrefixTuningOptions, tune_prefix
+from pq_export.calibration import SITE_OF_LINEAR
+from pq_export.decoder import DecoderConfig
+from pq_export.plan import Plan
 
 
 class Phase(enum.IntEnum):
@@ -43,6 +48,7 @@ class StepKind:
     the last; ``window`` is how many blocks it wants to see. ``after``: a step of one of these names must stand before
     it in the recipe. ``crops(options, plan)``: how many it works on. ``teacher``: it needs the floating-point model at
     the end. ``tokens(options, plan)``: how many it runs through all blocks, a backward pass counting twice.
+    ``trouble(options, plan, config)``: why it cannot work with the rest of the plan, or nothing.
     """
 
     name: str
@@ -53,6 +59,7 @@ class StepKind:
     crops: Callable[[Any, Any], int] = lambda options, plan: plan.calib_samples
     teacher: bool = False
     window: Callable[[Any], int] = lambda options: 1
+    trouble: Callable[[Any, Plan, DecoderConfig], str] = lambda options, plan, config: ""
     tokens: Callable[[Any, Any], float] = lambda options, plan: plan.calib_samples * plan.seq_len
 
 
@@ -67,25 +74,49 @@ class SmoothAttentionOptions:
             raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
 
 
+def _kept(run: Run, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of an earlier run, or computed and kept. What is folded must be what later results were found with."""
+    found = run.work.load_tensors(name)
+    if found is None:
+        found = {key: tensor.cpu() for key, tensor in compute().items()}
+        run.work.save_tensors(name, found)
+    return found
+
+
 def _smooth_attention(run: Run, options: SmoothAttentionOptions) -> None:
-    with run.stages.stage("smooth attention", len(run.calibration_crops)) as advance:
-        smooth_attention(run.decoder, key_maxima(run.decoder, run.calibration_crops, progress=advance), options.alpha)
+    crops = run.calibration_crops
+    with run.stages.stage("smooth attention", len(crops)) as advance:
+
+        def compute() -> dict[str, Tensor]:
+            return {str(i): peak for i, peak in enumerate(key_maxima(run.decoder, crops, progress=advance))}
+
+        maxima = _kept(run, "smooth_attention", compute)
+        smooth_attention(run.decoder, [maxima[str(i)] for i in range(len(maxima))], options.alpha)
         run.set_prefix()
 
 
 def _smooth(run: Run, options: SmoothOptions) -> None:
-    crops = run.calibration_crops[: run.plan.search_samples]
+    crops, precision = run.calibration_crops[: run.plan.search_samples], run.plan.precision
     with run.stages.stage("smooth", len(run.decoder.layers)) as advance:
-        run.statistics["smooth"] = {"alpha": smooth(run.decoder, crops, run.plan.precision, options, advance)}
+        factors = _kept(run, "smooth", lambda: find_smoothing(run.decoder, crops, precision, options, advance))
+        fold_smoothing(run.decoder, factors)
+    run.statistics["smooth"] = {"sites": sorted(factors)}
 
 
 def _learn_rotations(run: Run, options: RotationOptions) -> None:
-    crops = run.calibration_crops
+    crops, losses = run.calibration_crops, list[float]()
     with run.stages.stage("learn rotations", options.steps) as advance:
-        ranges, _ = collect_ranges(run.decoder, crops)
-        note = run.stages.progress.note
-        losses = learn_rotations(run.decoder, crops, ranges, run.plan.precision, options, advance, note)
+
+        def compute() -> dict[str, Tensor]:
+            ranges, _ = collect_ranges(run.decoder, crops)
+            note = run.stages.progress.note
+            matrices, curve = find_rotations(run.decoder, crops, ranges, run.plan.precision, options, advance, note)
+            losses.extend(curve)
+            return matrices
+
+        fold_rotations(run.decoder, _kept(run, "learn_rotations", compute))
         run.set_prefix()
+    run.rotation = replace(run.rotation, learned=tuple(sorted(options.learn)))
     run.statistics["learn_rotations"] = {"loss": losses}
 
 
@@ -140,12 +171,40 @@ def _learning_tokens(passes: float) -> Callable[[Any, Any], float]:
     return lambda o, plan: passes * o.steps * o.batch * plan.seq_len
 
 
+def _smooth_trouble(options: SmoothOptions, plan: Plan, config: DecoderConfig) -> str:
+    if DOWN_SITE in options.sites and plan.rotate == "online":
+        return f"cannot smooth {DOWN_SITE}, whose channels R4 mixes: use --rotate offline or none, or name other sites"
+    return ""
+
+
+def _rotation_trouble(options: RotationOptions, plan: Plan, config: DecoderConfig) -> str:
+    return "has no rotation to start from: use --rotate online or offline" if plan.rotate == "none" else ""
+
+
+def _prefix_trouble(options: PrefixTuningOptions, plan: Plan, config: DecoderConfig) -> str:
+    return "has no prefix to tune: leave it or --prefix none out" if plan.prefix == "none" else ""
+
+
+def _keep_trouble(options: Keep8BitOptions, plan: Plan, config: DecoderConfig) -> str:
+    layers = plan.num_layers or config.num_layers
+    known = {f"layers.{index}.{name}" for index in range(layers) for name in SITE_OF_LINEAR}
+    unknown = [name for name in options.linears if name not in known]
+    return f"names '{unknown[0]}', which is no linear: names are like layers.1.mlp.down_proj" if unknown else ""
+
+
 SEARCH_RUNS = 40  # forward passes of a block that one block's scale search costs, measured
 KINDS = (
     StepKind("smooth_attention", Phase.WEIGHTS, SmoothAttentionOptions, _smooth_attention),
-    StepKind("learn_rotations", Phase.WEIGHTS, RotationOptions, _learn_rotations, tokens=_learning_tokens(5)),
-    StepKind("smooth", Phase.WEIGHTS, SmoothOptions, _smooth),
-    StepKind("keep_8bit", Phase.PRECISION, Keep8BitOptions, _keep_8bit),
+    StepKind(
+        "learn_rotations",
+        Phase.WEIGHTS,
+        RotationOptions,
+        _learn_rotations,
+        tokens=_learning_tokens(5),
+        trouble=_rotation_trouble,
+    ),
+    StepKind("smooth", Phase.WEIGHTS, SmoothOptions, _smooth, trouble=_smooth_trouble),
+    StepKind("keep_8bit", Phase.PRECISION, Keep8BitOptions, _keep_8bit, trouble=_keep_trouble),
     StepKind("key_bits", Phase.PRECISION, KeyBitsOptions, _key_bits),
     StepKind(
         "clip_search",
@@ -201,6 +260,7 @@ KINDS = (
         after=("clip_search",),
         teacher=True,
         tokens=_learning_tokens(4),
+        trouble=_prefix_trouble,
     ),
 )
 STEPS = {kind.name: kind for kind in KINDS}

@@ -24,18 +24,22 @@ class Trainable:
     gains: list[nn.Parameter] = field(default_factory=list)
 
     def all(self) -> list[nn.Parameter]:
-        return [*self.steps, *self.shifts, *self.gains]
+        """Those that are trained: of kinds whose learning rate is 0 nothing is kept or computed."""
+        return [p for p in (*self.steps, *self.shifts, *self.gains) if p.requires_grad]
 
     def optimizer(self, weight_lr: float, scale_lr: float, norm_lr: float, fused: bool) -> torch.optim.Optimizer:
-        """Adam without weight decay, one learning rate a kind; a kind with rate 0 is left out."""
+        """Adam without weight decay, one learning rate a kind; a kind with rate 0 is frozen."""
         kinds = ((self.steps, weight_lr), (self.shifts, scale_lr), (self.gains, norm_lr))
+        for parameters, lr in kinds:
+            for parameter in parameters:
+                parameter.requires_grad_(lr > 0)
         groups = [{"params": parameters, "lr": lr} for parameters, lr in kinds if parameters and lr > 0]
         # The second moment forgets fast: a few hundred updates are all there are.
         return torch.optim.Adam(groups, betas=(0.9, 0.99), fused=fused)
 
 
 def make_trainable(layers: Iterable[tuple[DecoderLayer, DecoderLayer, LayerScales, LayerBits]]) -> Trainable:
-    """Replace the linears of quantized layers by :class:`SteppedLinear` and let gradients reach them.
+    """Replace the linears of quantized layers by :class:`SteppedLinear`; :meth:`Trainable.optimizer` unfreezes them.
 
     Each item: the quantized layer, its floating-point original, what was found for it, its bits.
     """
@@ -54,8 +58,6 @@ def make_trainable(layers: Iterable[tuple[DecoderLayer, DecoderLayer, LayerScale
             if isinstance(quantizer := site_quantizer(layer, site), StaticQuantizer):
                 trainable.shifts.append(quantizer.shift)
         trainable.gains += [layer.get_parameter(f"{name}.weight") for name in NORMS]
-    for parameter in trainable.all():
-        parameter.requires_grad_(True)
     return trainable
 
 

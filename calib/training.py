@@ -52,9 +52,15 @@ def cosine(steps: int, floor: float = 0.1, warm_up: int = 0) -> Callable[[int], 
     return factor
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 products on a GPU; nothing on a CPU, where bf16 is slower than fp32."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+def autocast(device: torch.device, bits: int = 4) -> AbstractContextManager[object]:
+    """bf16 products on a GPU; nothing on a CPU, where bf16 is slower than fp32.
+
+    ``bits``: fewest of the activations. Steps of 8 bits are as fine as what bf16 resolves: fp32 then (TF32 under
+    :func:`tf32`).
+    """
+    if device.type != "cuda" or 8 <= bits < 16:
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager
@@ -160,7 +166,11 @@ class BestKeeper:
         if not loss < self.loss:
             return False
         self.loss = loss
-        self._best = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        if self._best:  # the same parameters every time: copied in place, so that memory does not double
+            for parameter, value in self._best:
+                value.copy_(parameter.detach())
+        else:
+            self._best = [(parameter, parameter.detach().clone()) for parameter in parameters]
         return True
 
     @torch.no_grad()

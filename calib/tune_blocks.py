@@ -10,7 +10,6 @@ the codes that rounding chose.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,13 +69,11 @@ def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note
     steps = options.epochs * -(-count // min(options.batch, count))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
     staged = [b.staged() for b in blocks]
-    # 8-bit steps are finer than what bf16 products resolve.
     lowest = min(bits for b in blocks for bits in b.bits.activation.values())
-    mixed = autocast(x.device) if lowest < 8 or lowest == 16 else contextlib.nullcontext()
     size = target.square().mean()
 
     def loss_of(rows: Tensor | slice) -> Tensor:
-        with mixed:
+        with autocast(x.device, lowest):
             y = _run(staged, x[rows])
         return (y.float() - target[rows]).square().mean() / size
 
@@ -88,7 +85,7 @@ def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note
         losses = [loss_of(slice(s, s + BATCH)) * len(x[s : s + BATCH]) for s in parts]
         return (torch.stack(losses).sum() / held_out).item()
 
-    best, guard = BestKeeper(), DivergenceGuard()
+    best, guard = BestKeeper(), DivergenceGuard(patience=2)
     before = validation()
     best.offer(before, trainable.all())
     try:

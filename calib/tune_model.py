@@ -8,6 +8,7 @@ scales and gains only, which is E2E-QP and needs little memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from pq_export.calib.training import (
     run_layers,
     tf32,
 )
+from pq_export.decoder import Decoder
 
 VALIDATIONS = 10  # times that the held-out crops are judged
 
@@ -60,6 +62,15 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
     """Train ``run.decoder``, quantized in place, against ``run.reference``, and settle it."""
     decoder, reference = run.decoder, run.reference
     assert reference is not None
+    with run.stages.stage("tune model", options.steps) as advance, tf32(run.device):
+        history = _train(run, decoder, reference, options, advance)
+    run.statistics["tune_model"] = {"validation_kl": history}
+
+
+def _train(
+    run: Run, decoder: Decoder, reference: Decoder, options: TuneModelOptions, advance: Callable[..., None]
+) -> list[float]:
+    """Validation losses, the first before training; the decoder is settled in its best state."""
     ids = run.crops[: options.samples].to(run.device)
     # The teacher sees the same crops in every epoch: its hidden states are computed once.
     expected = torch.cat([run_layers(reference, part) for part in ids.split(options.batch)])
@@ -73,9 +84,10 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
         options.weight_lr, options.scale_lr, options.norm_lr, fused=ids.device.type == "cuda"
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(options.steps, warm_up=options.steps // 20))
+    lowest = min(bits for index in range(len(run.layers)) for bits in run.bits(index).activation.values())
 
     def loss_of(rows: Tensor) -> Tensor:
-        with autocast(ids.device):
+        with autocast(ids.device, lowest):
             actual = run_layers(decoder, ids[rows], options.checkpoint)
         return kl_divergence(expected[rows], actual, reference.logits, decoder.logits)
 
@@ -85,29 +97,28 @@ def tune_model(run: Run, options: TuneModelOptions) -> None:
         losses = [loss_of(part) * len(part) for part in judged.split(options.batch)]
         return (torch.stack(losses).sum() / len(judged)).item()
 
-    best, guard = BestKeeper(), DivergenceGuard()
+    best, guard = BestKeeper(), DivergenceGuard(patience=2)
     history = [validation()]
     best.offer(history[0], trainable.all())
     every = max(1, options.steps // VALIDATIONS)
-    with run.stages.stage("tune model", options.steps) as advance:
-        try:
-            guard.check(history[0])  # a rise is measured from here
-            with torch.enable_grad(), tf32(ids.device):
-                for step, rows in enumerate(batches(count, options.batch, options.steps, run.plan.seed)):
-                    loss = loss_of(rows.to(ids.device))
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(trainable.all(), options.grad_clip)
-                    optimizer.step()
-                    schedule.step()
-                    if (step + 1) % every == 0 or step + 1 == options.steps:
-                        history.append(validation())
-                        guard.check(history[-1])
-                        best.offer(history[-1], trainable.all())
-                    advance(1)
-        except Diverged as reason:
-            run.stages.progress.note(f"end-to-end tuning: {reason}; the best state so far is kept")
+    try:
+        guard.check(history[0])  # a rise is measured from here
+        with torch.enable_grad():
+            for step, rows in enumerate(batches(count, options.batch, options.steps, run.plan.seed)):
+                loss = loss_of(rows.to(ids.device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trainable.all(), options.grad_clip)
+                optimizer.step()
+                schedule.step()
+                if (step + 1) % every == 0 or step + 1 == options.steps:
+                    history.append(validation())
+                    guard.check(history[-1])
+                    best.offer(history[-1], trainable.all())
+                advance(1)
+    except Diverged as reason:
+        run.stages.progress.note(f"end-to-end tuning: {reason}; the best state so far is kept")
     best.restore()
     for index, (layer, original, found) in enumerate(zip(decoder.layers, reference.layers, run.layers, strict=True)):
         settle(layer, original, found, run.bits(index))
-    run.statistics["tune_model"] = {"validation_kl": history}
+    return history

@@ -55,9 +55,10 @@ class WorkDirectory:
     def save(self, name: str, result: dict[str, Any]) -> None:
         self._write_json(name, result)
 
-    def load_layer(self, index: int, device: torch.device | str = "cpu") -> LayerScales | None:
-        document = self._read_json(f"layer{index:03d}")
-        path = self.path / f"layer{index:03d}.safetensors"
+    def load_layer(self, index: int, tag: str, device: torch.device | str = "cpu") -> LayerScales | None:
+        """Layer ``index`` as :meth:`save_layer` kept it under ``tag``, or None."""
+        name = f"layer{index:03d}.{tag}"
+        document, path = self._read_json(name), self.path / f"{name}.safetensors"
         if document is None or not path.is_file():
             return None
         try:
@@ -65,19 +66,26 @@ class WorkDirectory:
         except (OSError, safetensors.SafetensorError):
             return None
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
-        for name, tensor in tensors.items():
-            group, _, key = name.partition("/")
-            groups[group][key] = tensor.to(device)
+        for key, tensor in tensors.items():
+            group, _, own = key.partition("/")
+            groups[group][own] = tensor.to(device)
         return LayerScales(**groups, factors=document["factors"], error=document["error"])
 
-    def save_layer(self, index: int, found: LayerScales) -> None:
+    def save_layer(self, index: int, tag: str, found: LayerScales) -> None:
+        """Keep a layer under ``tag``. A later step uses another tag, so no file is ever replaced by another state."""
         tensors = {
             f"{group}/{name}": tensor.cpu().contiguous()
             for group in GROUPS
             for name, tensor in getattr(found, group).items()
         }
-        write_atomically(self.path / f"layer{index:03d}.safetensors", safetensors.torch.save(tensors))
-        self._write_json(f"layer{index:03d}", {"factors": found.factors, "error": found.error})
+        name = f"layer{index:03d}.{tag}"
+        write_atomically(self.path / f"{name}.safetensors", safetensors.torch.save(tensors))
+        self._write_json(name, {"factors": found.factors, "error": found.error})
+
+    def drop_layer(self, index: int, tag: str) -> None:
+        """Remove a state that another one has replaced."""
+        for suffix in ("safetensors", "json"):
+            (self.path / f"layer{index:03d}.{tag}.{suffix}").unlink(missing_ok=True)
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
         try:

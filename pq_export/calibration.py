@@ -80,13 +80,15 @@ class Source:
 class Rotation:
     """Which rotations were folded, and which Hadamards the graph must execute.
 
-    ``online`` names R3 (queries and keys after RoPE, over head_dim) and R4 (down_proj input).
+    ``online`` names R3 (queries and keys after RoPE, over head_dim) and R4 (down_proj input); ``learned`` those of
+    ``offline`` that were trained.
     """
 
     mode: str
     seed: int
     offline: tuple[str, ...] = ()
     online: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def prefix_key(
 ) -> str:
     """Hash of what a prefix KV depends on: weights, rotation, RoPE and the tokens themselves."""
     digest = hashlib.sha256()
-    facts = [list(token_ids), asdict(rotation), list(decoder.inv_freq), decoder.rope_scaling]
+    rotated = {name: value for name, value in asdict(rotation).items() if name != "learned" or value}
+    facts = [list(token_ids), rotated, list(decoder.inv_freq), decoder.rope_scaling]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(n for n in tensors if ".prefix." not in n):
         digest.update(name.encode())
@@ -273,7 +276,7 @@ def load_calibration(directory: Path) -> Calibration:
         )
     try:
         calibration = _from_document(document, safetensors.numpy.load(payload))
-        _check(calibration, directory)
+        check_calibration(calibration, directory)
     except (KeyError, TypeError, ValueError, UsageError, safetensors.SafetensorError) as error:
         raise IntegrityError(
             f"is incomplete or malformed ({type(error).__name__}: {error})", where=directory, cure="Calibrate again."
@@ -287,7 +290,13 @@ def _from_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
         source=Source(**document["source"]),
         decoder=DecoderConfig.from_dict(document["decoder"]),
         precision=Precision.parse(document["precision"]),
-        rotation=Rotation(**{**rotation, "offline": tuple(rotation["offline"]), "online": tuple(rotation["online"])}),
+        rotation=Rotation(
+            rotation["mode"],
+            rotation["seed"],
+            tuple(rotation["offline"]),
+            tuple(rotation["online"]),
+            tuple(rotation.get("learned", ())),
+        ),
         prefix=Prefix(tuple(prefix["token_ids"]), tuple(prefix["tokens"]), prefix["key"]),
         activation_scales=document["activation_scales"],
         kv_scales={name: tuple(scales) for name, scales in document["kv_scales"].items()},
@@ -300,7 +309,7 @@ def _from_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
     )
 
 
-def _check(calibration: Calibration, where: Path) -> None:
+def check_calibration(calibration: Calibration, where: Path) -> None:
     """Refuse what would make a wrong graph rather than an error: missing or impossible codes, scales and KV."""
     c = calibration
     _check_overrides(c, where)

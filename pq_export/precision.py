@@ -39,8 +39,8 @@ class Precision:
         weight_bits, activation_bits = WEIGHT_ACTIVATION[name]
         if kv_bits is None:
             kv_bits = {"w8a8": 8, "w4a16": 16}.get(name, 4)
-        if kv_bits not in KV_BITS:
-            raise UsageError(f"--kv {kv_bits} is not possible", cure=f"Use one of {KV_BITS}.")
+        if type(kv_bits) is not int or kv_bits not in KV_BITS:
+            raise UsageError(f"--kv {kv_bits!r} is not possible", cure=f"Use one of {KV_BITS}.")
         return cls(weight_bits, activation_bits, kv_bits)
 
     @classmethod

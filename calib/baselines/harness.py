@@ -43,19 +43,22 @@ from pq_export.validate.perplexity import LogitsOf, torch_logits
 ROUNDINGS = ("gptq", "rtn")
 Steps = tuple[tuple[str, dict[str, Any]], ...]  # of our recipes, as a plan holds them
 SEARCH: Steps = (("clip_search", {}),)
+UNLEARNED = ("smooth_attention", "smooth", "keep_8bit", "key_bits")  # steps that rivals with our pipeline get too
 
 
 @dataclass(frozen=True)
 class Candidate:
     """What a method leaves: a decoder, the prefix it has, and tokens to run in front where no KV is baked in.
 
-    ``weights``: how they were rounded, or the steps of our recipe.
+    ``weights``: how they were rounded, or the steps of our recipe. ``overrides``: linears and sites with other bits
+    than the precision's.
     """
 
     decoder: Decoder
     prefix: tuple[int, ...] = ()
     weights: str = ""
     run_prefix: bool = False
+    overrides: int = 0
 
     @property
     def logits(self) -> LogitsOf:
@@ -148,15 +151,16 @@ class Arena:
                 work.save("prefix", {"statistics": {}, "token_ids": list(prefix)})
             run = begin(replace(self.checkpoint, decoder=self.decoder()), plan, work, stages)
             quantize_decoder(run)
-        return Candidate(run.decoder, run.token_ids, " + ".join(name for name, _ in steps))
+        taken = " + ".join(name for name, _ in steps)
+        return Candidate(run.decoder, run.token_ids, taken, overrides=len(run.overrides))
 
     @property
     def common_steps(self) -> Steps:
-        """Our scale search with the common weight rounding and nothing that learns."""
-        if self.rounding.gptq is None:
-            return SEARCH
+        """Our recipe with the common weight rounding and without what learns."""
         gptq = next((step for step in self.plan.steps if step[0] == "gptq"), ("gptq", {}))
-        return *SEARCH, gptq, ("clip_search", {"weights": False, "kv": False})
+        before = tuple(step for step in self.plan.steps if step[0] in UNLEARNED)
+        rounding = () if self.rounding.gptq is None else (gptq, ("clip_search", {"weights": False, "kv": False}))
+        return *before, *SEARCH, *rounding
 
 
 @dataclass(frozen=True)
@@ -325,7 +329,7 @@ def compare(
                 method=method.name,
                 title=method.title,
                 paper=method.paper,
-                precision="FP32" if method.static is None else str(plan.precision),
+                precision=_precision(method, plan, candidate),
                 static=method.static,
                 online=online_operations(candidate.decoder),
                 prefix=tuple(checkpoint.tokenizer.decode([token]) for token in candidate.prefix),
@@ -340,6 +344,12 @@ def compare(
         )
         del candidate, logits  # before the next method's copy is made
     return rows
+
+
+def _precision(method: Method, plan: Plan, candidate: Candidate) -> str:
+    if method.static is None:
+        return "FP32"
+    return f"{plan.precision} but {candidate.overrides}" if candidate.overrides else str(plan.precision)
 
 
 def online_operations(decoder: Decoder) -> tuple[str, ...]:

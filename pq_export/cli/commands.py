@@ -312,7 +312,11 @@ def check_device(name: str) -> None:
     import torch
 
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("pq-export works on cpu and cuda")
         torch.zeros(1, device=name)
+        if torch.device(name).index is not None:  # graphs and memory statistics are the current device's
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name} cannot be used ({reason})", cure="Use cpu.") from None

@@ -22,6 +22,7 @@ def run_compare(model: str, flags: dict[str, Any]) -> bool:
     """``pq-export compare MODEL``."""
     from pq_export.calib.baselines.ablation import ablation
     from pq_export.calib.baselines.harness import compare, find_methods
+    from pq_export.calib.memory import memory_errors
 
     plan = _plan(flags)
     if flags["ablation"] and flags["methods"]:
@@ -38,7 +39,8 @@ def run_compare(model: str, flags: dict[str, Any]) -> bool:
         checkpoint = _load(model, plan, flags, stages)
         window = min(flags["window"], checkpoint.decoder.config.max_position_embeddings - PREFIX_ROOM)
         text, windows = _windows(checkpoint, plan.calib_data, flags, window, stages)
-        rows = compare(checkpoint, plan, methods, windows, flags["rounding"], stages)
+        with memory_errors(stages):
+            rows = compare(checkpoint, plan, methods, windows, flags["rounding"], stages)
     document = {
         "title": checkpoint.source.name,
         "pq_export": __version__,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pq_export.bundle import CONFIG_NAME, open_bundle
 from pq_export.calibration import JSON_NAME, load_calibration
-from pq_export.cli.commands import check_device
+from pq_export.cli.commands import check_device, refuse_contamination
 from pq_export.cli.console import Screen, output_console, print_json, table
 from pq_export.decoder import Decoder
 from pq_export.errors import IntegrityError, PqExportError, UsageError
@@ -32,6 +32,7 @@ class Opened:
     sha256: str
     num_layers: int | None = None
     prefix_ids: tuple[int, ...] = ()
+    calib_data: str | None = None
 
 
 def run_evaluate(what: str, flags: dict[str, Any]) -> bool:
@@ -94,7 +95,8 @@ def _open(what: str, flags: dict[str, Any], stages: Stages) -> Opened:
             subject = bundle_subject(what, OrtDecoder(bundle.model_path, options), bundle)
         prefix = tuple(bundle.config["prefix"]["token_ids"])
         layers = bundle.config["plan"]["num_layers"]
-        return Opened("bundle", subject, bundle.config["source"]["sha256"], layers, prefix)
+        data = bundle.config["plan"]["calib_data"]
+        return Opened("bundle", subject, bundle.config["source"]["sha256"], layers, prefix, data)
     if (path / JSON_NAME).is_file():
         from pq_export.simulate import simulated_decoder
 
@@ -103,7 +105,8 @@ def _open(what: str, flags: dict[str, Any], stages: Stages) -> Opened:
             decoder = simulated_decoder(calibration).to(flags["device"])
         subject = calibration_subject(what, decoder, calibration, path)
         layers, prefix = calibration.plan["num_layers"], calibration.prefix.token_ids
-        return Opened("calibration", subject, calibration.source.sha256, layers, prefix)
+        data = calibration.plan["calib_data"]
+        return Opened("calibration", subject, calibration.source.sha256, layers, prefix, data)
     if flags["model"]:
         raise UsageError("--model is for a calibration or a bundle", where=what, cure="Leave it out.")
     checkpoint = _checkpoint(what, None, flags, stages)
@@ -126,6 +129,8 @@ def _text(opened: Opened, flags: dict[str, Any], stages: Stages) -> dict[str, An
     from pq_export.calib.text import read_text, tokenize, windows
 
     path, subject = flags["text"], opened.subject
+    if opened.calib_data is not None:
+        refuse_contamination(subject.tokenizer, path, opened.calib_data, stages)
     tokens = tokenize(subject.tokenizer, read_text(str(path)))
     window = min(flags["window"], subject.context)
     chosen = windows(tokens, window, flags["windows"])
