@@ -168,7 +168,8 @@ def test_training_sees_the_folded_decoder(
     learned_rotation._insert(model, rotations, ranges, precision, options)
 
     folded = copy.deepcopy(decoder)
-    learned_rotation._fold(folded, rotations)
+    matrices = {name: learned(torch.float64).detach() for name, learned in rotations.learned.items()}
+    learned_rotation.fold_rotations(folded, matrices)
     plain = full_logits(folded, CROPS)
     learned_rotation._insert(folded, Rotations(decoder, ()), ranges, precision, options)
     ours, theirs = full_logits(model, CROPS), full_logits(folded, CROPS)
