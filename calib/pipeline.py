@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def _quantize_blocks(run: Run, steps: Steps) -> None:
     # A layer's state is kept under the index of the last block that was quantized when it was made.
     tags: list[str] = (run.work.load("blocks") or {"tags": []})["tags"]
     kept = [run.work.load_layer(index, tag, ids.device) for index, tag in enumerate(tags)]
-    kept += [None] * (len(decoder.layers) - len(kept))
+    usable = _usable(kept, tags)
+    kept, tags = [*kept[:usable], *[None] * (len(decoder.layers) - usable)], tags[:usable]
     title = "quantize blocks"
     with run.stages.stage(title, len(decoder.layers), reused=all(k is not None for k in kept)) as advance:
         for index, layer in enumerate(decoder.layers):
@@ -207,6 +209,17 @@ def _quantize_blocks(run: Run, steps: Steps) -> None:
             run.layers.append(block.found)
             x, reference_x = block.staged().run(block.x), block.reference_y
             advance()
+
+
+def _usable(kept: Sequence[object], tags: Sequence[str]) -> int:
+    """How many of the first layers were kept in the state in which the next one found them.
+
+    What follows a file that does not read back is made again, and so is what was trained together with it.
+    """
+    count = next((index for index, found in enumerate(kept) if found is None), len(kept))
+    while any(int(tag) >= count for tag in tags[:count]):
+        count -= 1
+    return count
 
 
 def _stream_size(run: Run, steps: Steps) -> tuple[int, int]:

@@ -469,7 +469,7 @@ def test_kept_parts_of_another_text_are_thrown_away(
     assert layers == 3 and not any(marked.values())
 
 
-@pytest.mark.parametrize("damage", ["layer000.safetensors", "layer000.json", "ranges.safetensors", "prefix.json"])
+@pytest.mark.parametrize("damage", ["layer000.0.safetensors", "layer000.0.json", "ranges.safetensors", "prefix.json"])
 def test_a_damaged_part_is_made_again(
     finished: dict[str, tuple[Calibration, Path]],
     tiny_llama_dir: Path,
@@ -483,8 +483,23 @@ def test_a_damaged_part_is_made_again(
     part = tmp_path / "out.work" / damage
     part.write_bytes(part.read_bytes()[:20])
     _, layers = resume(tiny_llama_dir, small_plan("w4a4"), output, monkeypatch)
-    assert layers == (2 if damage.startswith("layer") else 1)
+    assert layers == (3 if damage.startswith("layer") else 1)  # with what stands behind the damaged layer
     assert contents(output) == contents(finished["w4a4"][1])
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_damaged_layer_of_a_window_takes_what_was_trained_with_it(
+    tiny_llama_dir: Path, small_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: int
+) -> None:
+    tune = ("tune_blocks", {"samples": 6, "epochs": 1, "batch": 2, "window": 2, "weight_lr": 0.05})
+    plan = small_plan("w4a4", steps=(("clip_search", {}), tune))
+    run(tiny_llama_dir, plan, tmp_path / "whole")
+    interrupt(tiny_llama_dir, plan, tmp_path / "out", BLOCKS, 2)
+    (part,) = (tmp_path / "out.work").glob(f"layer{damaged:03d}.*.safetensors")
+    part.write_bytes(part.read_bytes()[:20])
+    _, layers = resume(tiny_llama_dir, plan, tmp_path / "out", monkeypatch)
+    assert layers == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # --- refusals --------------------------------------------------------------------------------------
