@@ -40,7 +40,10 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str | None) -> dict[str, Any]:
-    """Options of the recipe ``name`` (shipped, or a YAML file), with ``steps`` as (name, options) pairs, checked."""
+    """Options of the recipe ``name`` (shipped, or a YAML file), with ``steps`` as (name, options) pairs, checked.
+
+    A file without steps takes the default recipe's.
+    """
     name = name or DEFAULT
     shipped = DIRECTORY / f"{name}.yaml"
     path = shipped if name in recipe_names() else Path(name)
@@ -48,7 +51,8 @@ def load_recipe(name: str | None) -> dict[str, Any]:
         raise PqExportError(
             "is neither a recipe nor a file", where=name, cure=f"Use {', '.join(recipe_names())} or a YAML file."
         )
-    return read_recipe(path)
+    content = read_recipe(path)
+    return content if "steps" in content else {**content, "steps": read_recipe(DIRECTORY / f"{DEFAULT}.yaml")["steps"]}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -39,9 +39,18 @@ def pq(*arguments: object) -> Any:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe with a smaller search: minutes matter in CI."""
+    """The default recipe's steps on less text: minutes matter in CI."""
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    path.write_text("search_samples: 4\nsearch_seq_len: 128\n")
+    steps = ["clip_search", {"gptq": {"samples": 8, "refine": 1}}, {"clip_search": {"weights": False, "kv": False}}]
+    path.write_text(json.dumps({"search_samples": 4, "search_seq_len": 128, "steps": steps}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rounding to nearest, which is enough at 8 bits."""
+    path = tmp_path_factory.mktemp("recipe") / "fast.yaml"
+    path.write_text(json.dumps({"search_samples": 4, "search_seq_len": 128, "steps": ["clip_search"]}))
     return path
 
 
@@ -53,9 +62,9 @@ def w4a4(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def w8a8(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> dict[str, Any]:
+def w8a8(tmp_path_factory: pytest.TempPathFactory, fast: Path) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("demo") / "w8a8"
-    return pq(MODEL, "--w8a8", "--recipe", quick, "--calib-samples", 16, "--windows", 1, "--speed", "-o", output)
+    return pq(MODEL, "--w8a8", "--recipe", fast, "--calib-samples", 16, "--windows", 1, "--speed", "-o", output)
 
 
 def test_prefix_is_found_and_takes_the_outliers_away(w4a4: dict[str, Any]) -> None:
@@ -121,8 +130,8 @@ def test_every_quantized_linear_runs_in_an_integer_kernel(w8a8: dict[str, Any], 
     assert all(kinds[n.input[1]] == onnx.TensorProto.INT8 for n in integer)
 
 
-def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], quick: Path, tmp_path: Path) -> None:
-    """Same recipe, same window: without the prefix the fake-quant model is more than twice as bad."""
+def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], fast: Path, tmp_path: Path) -> None:
+    """Same window, weights rounded to nearest, no prefix: more than twice as bad."""
     pq(
         "calibrate",
         MODEL,
@@ -130,7 +139,7 @@ def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], quick: Path, tmp_pat
         "--prefix",
         "none",
         "--recipe",
-        quick,
+        fast,
         "--calib-samples",
         16,
         "-o",
