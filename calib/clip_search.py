@@ -4,11 +4,11 @@ Each scale is ``factor · scale_from_max(range)``; factors never compound. Order
 
 1. keys: MSE of ``softmax(QKᵀ/√d)`` per KV head, causal, prefix keys included;
 2. values: MSE of V per head;
-3. weights: MSE of the linear's output per output channel, ``(W - Ŵ) XᵀX (W - Ŵ)ᵀ``, with the inputs the
-   linear really has (down_proj: after R4);
+3. weights: MSE of the linear's output per output channel, ``(W - Ŵ) XᵀX (W - Ŵ)ᵀ``, with the floating-point
+   block's inputs of the linear (down_proj: after R4);
 4. activations: MSE of the block output against the floating-point block on the same input, with
    quantized weights and cache in place, mask and prefix included; sites in order of execution, the
-   others as they are then. A second pass sees every other site quantized.
+   others as they are then. With ``passes: 2``, or in a second clip_search, every other site is quantized.
 
 Block inputs come from the already quantized blocks.
 """

@@ -78,7 +78,8 @@ class SoftRoundedLinear(nn.Module):
 def learned_rounding(block: Block, options: LearnedRoundingOptions, seed: int, note: Callable[[str], None]) -> None:
     """Learn the codes of all linears of ``block`` together and set them.
 
-    The old codes stay if the learned ones are not better on the block's output, or if training diverges.
+    The old codes stay if the learned ones are not better on the block's output over the same crops, or if training
+    diverges.
     """
     x, target = block.x[: options.samples], block.reference_y[: options.samples]
     before = {name: block.found.codes[name].clone() for name in SITE_OF_LINEAR}

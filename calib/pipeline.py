@@ -85,6 +85,9 @@ def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stage
     if more > 0:
         parts.append(mixed_crops(texts, more, plan.seq_len, plan.seed + MORE_CROPS_SEED))
     crops = torch.cat(parts)
+    for name, tokens in texts.items():
+        if len(tokens) // plan.seq_len < len(crops) // len(texts):
+            stages.progress.note(f"{name} has {len(tokens):,} tokens: some of its {plan.seq_len}-token crops overlap")
     work.open()
     smoothed = any(kind.name == "smooth_attention" for kind, _ in steps)
     with stages.stage("rewrite weights"):
@@ -184,8 +187,13 @@ def _quantize_blocks(run: Run, steps: Steps) -> None:
     kept = [run.work.load_layer(index, tag, ids.device) for index, tag in enumerate(tags)]
     usable = _usable(kept, tags)
     kept, tags = [*kept[:usable], *[None] * (len(decoder.layers) - usable)], tags[:usable]
-    title = "quantize blocks"
-    with run.stages.stage(title, len(decoder.layers), reused=all(k is not None for k in kept)) as advance:
+    with run.stages.stage("quantize blocks", len(decoder.layers), reused=usable == len(decoder.layers)) as advance:
+        if usable == len(decoder.layers):  # nothing will read the streams
+            run.layers = [found for found in kept if found is not None]
+            for index, (layer, found) in enumerate(zip(decoder.layers, run.layers, strict=True)):
+                install(layer, found, run.bits(index))
+                advance()
+            return
         for index, layer in enumerate(decoder.layers):
             prefix = f"layers.{index}."
             own = {name.removeprefix(prefix): r for name, r in run.ranges.items() if name.startswith(prefix)}

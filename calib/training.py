@@ -30,8 +30,8 @@ RISE_PATIENCE = 5  # ... for this many steps in a row means that training has di
 def batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Indices int64 [min(batch, count)] of each of ``steps`` batches out of ``count`` crops.
 
-    Crops come in shuffled epochs: none returns before all others were seen. Drawn on the CPU, so every
-    device trains on the same batches.
+    Crops come in shuffled epochs, which a batch may straddle. Drawn on the CPU, so every device trains on the
+    same batches.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, queue = min(batch, count), torch.zeros(0, dtype=torch.int64)

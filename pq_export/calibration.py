@@ -16,7 +16,7 @@ name                           dtype, shape         what
 ``<linear>.scale``             float32 [out]        per output channel
 ``<linear>.bias``              float32 [out]        only where the model has one
 ``embed_tokens.weight`` etc.   float16              not quantized: embedding and lm_head
-``*norm.weight``               float32              ones after fusion; the q/k norms of Qwen3
+``*norm.weight``               float32              ones after fusion, unless smoothed or tuned
 ``layers.N.prefix.key|value``  float16 [G, p, D]    post-RoPE, post-R3; absent without a prefix
 =============================  ===================  =========================================
 """
@@ -197,7 +197,10 @@ class Calibration:
 def prefix_key(
     tensors: dict[str, np.ndarray], token_ids: tuple[int, ...], rotation: Rotation, decoder: DecoderConfig
 ) -> str:
-    """Hash of what a prefix KV depends on: weights, rotation, RoPE and the tokens themselves."""
+    """Hash of what a prefix KV goes with: weights, rotation, RoPE and the tokens themselves.
+
+    Not of the KV, which may have been tuned: ``tensors_sha256`` covers that.
+    """
     digest = hashlib.sha256()
     rotated = {name: value for name, value in asdict(rotation).items() if name != "learned" or value}
     facts = [list(token_ids), rotated, list(decoder.inv_freq), decoder.rope_scaling]
