@@ -209,7 +209,7 @@ def test_divergence_stops_keeps_the_last_good_block_and_says_so(
 def test_without_a_rate_for_weights_codes_stay(make: Callable[..., list[Block]]) -> None:
     (block,) = make()
     before = tensors_of(block.found)
-    tune_blocks([block], TuneBlocksOptions(SAMPLES, 3, 4, weight_lr=0.0), 0, lambda text: None)
+    tune_blocks([block], TuneBlocksOptions(samples=SAMPLES, epochs=3, batch=4, weight_lr=0.0), 0, lambda text: None)
     after = tensors_of(block.found)
     assert all(torch.equal(after[name], t) for name, t in before.items() if name.startswith("codes/"))
     assert not any(torch.equal(after[name], t) for name, t in before.items() if not name.startswith("codes/"))
