@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 
 .PHONY: demo test lint model clean
 demo: $(VENV)/.installed $(GGUF)
-	$(BIN)/pq-export $(GGUF) --target ort --w4a4 --force -o out/smollm2-135m-w4a4
+	$(BIN)/pq-export $(GGUF) --target ort --w4a4 --recipe fast --force -o out/smollm2-135m-w4a4
 
 test: $(VENV)/.installed $(GGUF) lint
 	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest

@@ -37,34 +37,29 @@ def pq(*arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default recipe's steps on less text: minutes matter in CI."""
-    path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
-    steps = ["clip_search", {"gptq": {"samples": 8, "refine": 1}}, {"clip_search": {"weights": False, "kv": False}}]
-    path.write_text(json.dumps({"search_samples": 4, "search_seq_len": 128, "steps": steps}))
+def recipe_file(folder: Path, **content: object) -> Path:
+    """A recipe (JSON is YAML) with a smaller search than the defaults: minutes matter in CI."""
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"seq_len": 256, "search_samples": 4, "search_seq_len": 128, **content}))
     return path
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rounding to nearest, which is enough at 8 bits."""
-    path = tmp_path_factory.mktemp("recipe") / "fast.yaml"
-    path.write_text(json.dumps({"search_samples": 4, "search_seq_len": 128, "steps": ["clip_search"]}))
-    return path
+def w4a4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """W4A4KV4 with GPTQ on little text; one window of perplexity."""
+    folder = tmp_path_factory.mktemp("w4a4")
+    recipe = recipe_file(folder, steps=["clip_search", {"gptq": {"samples": 4, "refine": 1}}])
+    # Free running, two fp32 programs of a 4-bit model part ways at the first tie: judged in the fp64 twin.
+    loose = ("--max-ppl-difference", 0.1)
+    return pq(MODEL, "--target", "ort", "--w4a4", "--recipe", recipe, "--windows", 1, *loose, "-o", folder / "out")
 
 
 @pytest.fixture(scope="module")
-def w4a4(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> dict[str, Any]:
-    """What ``make demo`` runs, with a smaller search and one window of perplexity."""
-    output = tmp_path_factory.mktemp("demo") / "w4a4"
-    return pq(MODEL, "--target", "ort", "--w4a4", "--recipe", quick, "--windows", 1, "-o", output)
-
-
-@pytest.fixture(scope="module")
-def w8a8(tmp_path_factory: pytest.TempPathFactory, fast: Path) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("demo") / "w8a8"
-    return pq(MODEL, "--w8a8", "--recipe", fast, "--calib-samples", 16, "--windows", 1, "--speed", "-o", output)
+def w8a8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """W8A8KV8, rounded to nearest, with its speed."""
+    folder = tmp_path_factory.mktemp("w8a8")
+    recipe = recipe_file(folder, calib_samples=16, steps=["clip_search"])
+    return pq(MODEL, "--w8a8", "--recipe", recipe, "--windows", 1, "--speed", "-o", folder / "out")
 
 
 def test_prefix_is_found_and_takes_the_outliers_away(w4a4: dict[str, Any]) -> None:
@@ -130,21 +125,10 @@ def test_every_quantized_linear_runs_in_an_integer_kernel(w8a8: dict[str, Any], 
     assert all(kinds[n.input[1]] == onnx.TensorProto.INT8 for n in integer)
 
 
-def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], fast: Path, tmp_path: Path) -> None:
-    """Same window, weights rounded to nearest, no prefix: more than twice as bad."""
-    pq(
-        "calibrate",
-        MODEL,
-        "--w4a4",
-        "--prefix",
-        "none",
-        "--recipe",
-        fast,
-        "--calib-samples",
-        16,
-        "-o",
-        tmp_path / "calib",
-    )
+def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], tmp_path: Path) -> None:
+    """Same window, no prefix, rounded to nearest: more than twice as bad."""
+    recipe = recipe_file(tmp_path, calib_samples=8, steps=["clip_search"])
+    pq("calibrate", MODEL, "--w4a4", "--prefix", "none", "--recipe", recipe, "-o", tmp_path / "calib")
     simulated = simulated_decoder(load_calibration(tmp_path / "calib"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "calib" / "tokenizer")
     window = windows(tokenize(tokenizer, builtin_text(held_out=True)), 2048, 1)
