@@ -12,7 +12,8 @@ demo: $(VENV)/.installed $(GGUF)
 	$(BIN)/pq-export $(GGUF) --target ort --w4a4 --recipe fast --force -o out/smollm2-135m-w4a4
 
 test: $(VENV)/.installed $(GGUF) lint
-	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -463,11 +463,11 @@ def test_padding_is_masked() -> None:
 
 
 def test_command_scores_all_three_kinds(
-    pq: Runner, exported: Callable[[str], Path], model_dir: Path, task_dir: Path, text_file: Path
+    pq: Runner, exported: Callable[[str], Path], model_dir: Path, task_dir: Path, other_text_file: Path
 ) -> None:
     bundle = exported("w8a8")
     common = ("--tasks", "tiny_choice,tiny_answer", "--include-path", task_dir, "--limit", 8, "--json")
-    text = ("--text", text_file, "--windows", 3, "--window", 64)
+    text = ("--text", other_text_file, "--windows", 3, "--window", 64)
     documents = {}
     for what in (model_dir, bundle, f"{bundle}.calib"):
         model = () if what == model_dir else ("--model", model_dir)
@@ -504,16 +504,18 @@ def test_bad_input_is_one_line(
     checkpoint_dir: Callable[[str], Path],
     model_dir: Path,
     task_dir: Path,
+    other_text_file: Path,
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bundle, text = exported("w8a8"), ("--text", text_file, "--windows", 1, "--window", 64)
+    bundle, text = exported("w8a8"), ("--text", other_text_file, "--windows", 1, "--window", 64)
     pq.refuses("evaluate", bundle, code=2, says=("nothing to evaluate", "--tasks"))
     pq.refuses("evaluate", bundle, "--tasks", "no_such_task", code=2, says=("unknown task 'no_such_task'",))
     pq.refuses("evaluate", bundle, "--tasks", "tiny_choice", code=2, says=("--include-path",))
     included = ("--include-path", task_dir)
     pq.refuses("evaluate", bundle, "--tasks", "tiny_missing", *included, says=("tiny_missing", "cannot be loaded"))
-    pq.refuses("evaluate", bundle, "--text", text_file, "--windows", 999, says=("999 windows of 510 need",))
+    pq.refuses("evaluate", bundle, "--text", other_text_file, "--windows", 999, says=("999 windows of 510 need",))
+    pq.refuses("evaluate", bundle, "--text", text_file, code=2, says=("is the calibration text itself",))
     pq.refuses("evaluate", bundle, "--text", "nowhere.txt", says=("nowhere.txt", "cannot be read"))
     pq.refuses("evaluate", "nowhere", *text, says=("no such path",))
     pq.refuses("evaluate", bundle, *text, "--model", checkpoint_dir("llama"), says=("is not the checkpoint",))
