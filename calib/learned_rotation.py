@@ -204,21 +204,6 @@ class RotatedLinear(nn.Module):
         return F.linear(x, self.weight(), self.linear.bias)
 
 
-def learn_rotations(
-    decoder: Decoder,
-    crops: Tensor,
-    ranges: Ranges,
-    precision: Precision,
-    options: RotationOptions | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-    note: Callable[[str], None] = lambda text: None,
-) -> list[float]:
-    """:func:`find_rotations`, then :func:`fold_rotations`; returns the loss of each step."""
-    matrices, losses = find_rotations(decoder, crops, ranges, precision, options, progress, note)
-    fold_rotations(decoder, matrices)
-    return losses
-
-
 @torch.enable_grad()
 def find_rotations(
     decoder: Decoder,

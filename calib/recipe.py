@@ -10,7 +10,6 @@ What is wrong with a recipe is said with the line it stands on.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import types
@@ -248,8 +247,3 @@ def _did_you_mean(name: str, names: tuple[str, ...]) -> str:
 def _order() -> str:
     """All steps, phase by phase."""
     return ", then ".join("/".join(k.name for k in STEPS.values() if k.phase is p) for p in Phase)
-
-
-def describe(kind: StepKind) -> dict[str, Any]:
-    """Options of a step with their defaults."""
-    return {f.name: f.default for f in dataclasses.fields(kind.options)}

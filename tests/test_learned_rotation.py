@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from pq_export.calib.learned_rotation import (
     RotatedQuantizer,
     RotationOptions,
     Rotations,
-    learn_rotations,
+    find_rotations,
+    fold_rotations,
     rotate,
     spread,
 )
@@ -41,6 +43,13 @@ MANY, HELD_OUT = (
 )
 PREFIX = (77, 8)
 W4A4, W8A8, W4A16 = (Precision.named(name) for name in ("w4a4", "w8a8", "w4a16"))
+
+
+def learn_rotations(decoder: Decoder, *arguments: Any, **named: Any) -> list[float]:
+    """Find rotations and fold them, as the recipe's step does; the loss of each step."""
+    matrices, losses = find_rotations(decoder, *arguments, **named)
+    fold_rotations(decoder, matrices)
+    return losses
 
 
 def plant_outlier_channel(decoder: Decoder, channel: int = 7, factor: float = 8.0) -> None:
@@ -169,7 +178,7 @@ def test_training_sees_the_folded_decoder(
 
     folded = copy.deepcopy(decoder)
     matrices = {name: learned(torch.float64).detach() for name, learned in rotations.learned.items()}
-    learned_rotation.fold_rotations(folded, matrices)
+    fold_rotations(folded, matrices)
     plain = full_logits(folded, CROPS)
     learned_rotation._insert(folded, Rotations(decoder, ()), ranges, precision, options)
     ours, theirs = full_logits(model, CROPS), full_logits(folded, CROPS)
