@@ -48,16 +48,16 @@ class LayerBits:
 class LayerScales:
     """What the steps found for one block. Scales: site -> scalar; KV -> [G] or [1]; weights -> [out].
 
-    ``codes``: linear -> int8 [out, in]. ``factors``: the clipping factor chosen (mean over channels for
-    weights). ``error``: relative MSE of the quantized block's output against the floating-point block on
-    the same input.
+    ``codes``: linear -> int8 [out, in]. ``parameters``: floating-point parameters of the layer that changed, by name.
+    ``factors``: the clipping factor chosen (mean over channels for weights). ``error``: relative MSE of the quantized
+    block's output against the floating-point block on the same input.
     """
 
     activation: dict[str, Tensor] = field(default_factory=dict)
     kv: dict[str, Tensor] = field(default_factory=dict)
     weight: dict[str, Tensor] = field(default_factory=dict)
     codes: dict[str, Tensor] = field(default_factory=dict)
-    norm: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     error: float = 0.0
 
@@ -196,12 +196,12 @@ class Block:
 
 
 def install(layer: DecoderLayer, found: LayerScales, bits: LayerBits) -> None:
-    """Put what was found into a floating-point layer: fake-quantized weights, quantizers and norms."""
+    """Put what was found into a floating-point layer: fake-quantized weights, quantizers, biases and norms."""
     for name, scale in found.weight.items():
         get_linear(layer, name).weight.data = found.codes[name].to(scale.dtype) * scale[:, None]
     for site, scale in found.activation.items():
         set_site_quantizer(layer, site, StaticQuantizer(scale, bits.activation[site]))
     for site, scale in found.kv.items():
         set_kv_quantizer(layer, site, scale, bits.kv[site])
-    for name, weight in found.norm.items():
-        layer.get_parameter(f"{name}.weight").data = weight
+    for name, value in found.parameters.items():
+        layer.get_parameter(name).data = value

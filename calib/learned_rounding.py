@@ -48,12 +48,12 @@ class LearnedRoundingOptions:
 class SoftRoundedLinear(nn.Module):
     """A linear whose weight lies between two codes: ``(floor + h(V)) · scale``."""
 
-    def __init__(self, linear: nn.Linear, codes: Tensor, scale: Tensor, bits: int):
-        """linear: the floating-point original; codes [out, in]; scale [out]."""
+    def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int):
+        """weight [out, in] in floating point; codes [out, in]; scale [out]; bias [out]."""
         super().__init__()
-        self.bits, self.scale, self.bias = bits, scale, linear.bias
+        self.bits, self.scale, self.bias = bits, scale, bias
         codes, margin = codes.to(scale.dtype), 0.5 - CELL_MARGIN
-        steps = torch.maximum(torch.minimum(linear.weight.detach() / scale[:, None], codes + margin), codes - margin)
+        steps = torch.maximum(torch.minimum(weight / scale[:, None], codes + margin), codes - margin)
         self.floor = steps.floor()
         share = (steps - self.floor - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
         self.variable = nn.Parameter(torch.logit(share))
@@ -86,7 +86,11 @@ def learned_rounding(block: Block, options: LearnedRoundingOptions, seed: int, n
     error_before = _error(block, x, target)
     soft = {
         name: SoftRoundedLinear(
-            get_linear(block.reference, name), codes, block.found.weight[name], block.bits.weight[name]
+            get_linear(block.reference, name).weight.detach(),
+            codes,
+            block.found.weight[name],
+            get_linear(block.layer, name).bias,
+            block.bits.weight[name],
         )
         for name, codes in before.items()
     }

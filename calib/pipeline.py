@@ -107,6 +107,8 @@ def quantize_decoder(run: Run) -> None:
     _find_prefix(run)
     for kind, options in of(Phase.WEIGHTS):
         kind.run(run, options)
+    for kind, options in of(Phase.CENTER):
+        kind.run(run, options)
     _collect_ranges(run)
     kept = run.work.load("overrides")
     for kind, options in of(Phase.PRECISION) if kept is None else []:
@@ -273,7 +275,7 @@ def assemble(run: Run) -> Calibration:
     for name, parameter in decoder.named_parameters():
         if name in ("embed_tokens.weight", "lm_head.weight"):
             tensors[name] = _half(parameter, name)
-        elif name.endswith(".bias") or "norm" in name:
+        elif name.endswith((".bias", ".key_offset")) or "norm" in name:
             tensors[name] = parameter.detach().float().cpu().numpy()
     activation_scales: dict[str, float] = {}
     kv_scales: dict[str, tuple[float, ...]] = {}

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pq_export.calib.block import Block
+from pq_export.calib.center import CenterOptions, center, find_means
 from pq_export.calib.clip_search import ClipSearchOptions, clip_search
 from pq_export.calib.gptq import GptqOptions, gptq_block
 from pq_export.calib.key_bits import KeyBitsOptions, choose_key_bits
@@ -23,6 +24,7 @@ from pq_export.calib.run import Run
 from pq_export.calib.sensitivity import Keep8BitOptions, keep_8bit
 from pq_export.calib.smooth import DOWN_SITE, SmoothOptions, find_smoothing, fold_smoothing
 from pq_export.calib.smooth_attention import key_maxima, smooth_attention
+from pq_export.calib.split_channels import SplitOptions, channel_peaks, split_channels
 from pq_export.calib.tune_blocks import TuneBlocksOptions, tune_blocks
 from pq_export.calib.tune_model import TuneModelOptions, tune_model
 from pq_export.calib.tune_prefix import PrefixTuningOptions, tune_prefix
@@ -35,9 +37,10 @@ class Phase(enum.IntEnum):
     """When a step runs. A recipe's steps stand in this order."""
 
     WEIGHTS = 1  # rewrites of the floating-point model, before the prefix KV is computed
-    PRECISION = 2  # choices of bits, once ranges are known
-    BLOCKS = 3  # block after block, all of the recipe's block steps on one before the next
-    MODEL = 4  # on the whole quantized model
+    CENTER = 2  # offsets of the rewritten weights' activations
+    PRECISION = 3  # choices of bits, once ranges are known
+    BLOCKS = 4  # block after block, all of the recipe's block steps on one before the next
+    MODEL = 5  # on the whole quantized model
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,17 @@ def _smooth(run: Run, options: SmoothOptions) -> None:
     with run.stages.stage("smooth", len(run.decoder.layers)) as advance:
         factors = _kept(run, "smooth", lambda: find_smoothing(run.decoder, crops, precision, options, advance))
         fold_smoothing(run.decoder, factors)
+        run.set_prefix()
     run.statistics["smooth"] = {"sites": sorted(factors)}
+
+
+def _split_channels(run: Run, options: SplitOptions) -> None:
+    crops, extra = run.calibration_crops, options.copies(run.decoder.config.intermediate_size)
+    with run.stages.stage("split channels", len(crops)) as advance:
+        peaks = _kept(run, "split_channels", lambda: channel_peaks(run.decoder, crops, progress=advance))
+        split_channels(run.decoder, peaks, extra)
+        run.set_prefix()
+    run.statistics["split_channels"] = {"intermediate_size": run.decoder.config.intermediate_size}
 
 
 def _learn_rotations(run: Run, options: RotationOptions) -> None:
@@ -118,6 +131,15 @@ def _learn_rotations(run: Run, options: RotationOptions) -> None:
         run.set_prefix()
     run.rotation = replace(run.rotation, learned=tuple(sorted(options.learn)))
     run.statistics["learn_rotations"] = {"loss": losses}
+
+
+def _center(run: Run, options: CenterOptions) -> None:
+    crops, sites = run.calibration_crops, options.chosen(run.plan.precision)
+    if not sites:
+        return
+    with run.stages.stage("center", len(crops)) as advance:
+        center(run.decoder, _kept(run, "center", lambda: find_means(run.decoder, crops, sites, progress=advance)))
+        run.set_prefix()
 
 
 def _keep_8bit(run: Run, options: Keep8BitOptions) -> None:
@@ -177,6 +199,10 @@ def _smooth_trouble(options: SmoothOptions, plan: Plan, config: DecoderConfig) -
     return ""
 
 
+def _split_trouble(options: SplitOptions, plan: Plan, config: DecoderConfig) -> str:
+    return "cannot split channels that R4 mixes: use --rotate offline or none" if plan.rotate == "online" else ""
+
+
 def _rotation_trouble(options: RotationOptions, plan: Plan, config: DecoderConfig) -> str:
     return "has no rotation to start from: use --rotate online or offline" if plan.rotate == "none" else ""
 
@@ -203,7 +229,9 @@ KINDS = (
         tokens=_learning_tokens(5),
         trouble=_rotation_trouble,
     ),
+    StepKind("split_channels", Phase.WEIGHTS, SplitOptions, _split_channels, trouble=_split_trouble),
     StepKind("smooth", Phase.WEIGHTS, SmoothOptions, _smooth, trouble=_smooth_trouble),
+    StepKind("center", Phase.CENTER, CenterOptions, _center),
     StepKind("keep_8bit", Phase.PRECISION, Keep8BitOptions, _keep_8bit, trouble=_keep_trouble),
     StepKind("key_bits", Phase.PRECISION, KeyBitsOptions, _key_bits),
     StepKind(

@@ -1,4 +1,4 @@
-"""A quantized layer made trainable, and back: weights under their quantizers, scales, and norm gains."""
+"""A quantized layer made trainable, and back: weights under their quantizers, scales, norm gains and biases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pq_export.quantizer import code_range
 
 @dataclass
 class Trainable:
-    """Parameters by kind: ``steps`` in units of a weight's step, ``shifts`` logarithms of scales, norms' ``gains``."""
+    """Parameters: ``steps`` in units of a weight's step, ``shifts``: logarithms of scales, ``gains`` and biases."""
 
     steps: list[nn.Parameter] = field(default_factory=list)
     shifts: list[nn.Parameter] = field(default_factory=list)
@@ -46,9 +46,13 @@ def make_trainable(layers: Iterable[tuple[DecoderLayer, DecoderLayer, LayerScale
     trainable = Trainable()
     for layer, reference, found, bits in layers:
         for name in SITE_OF_LINEAR:
-            original = get_linear(reference, name)
+            bias = get_linear(layer, name).bias  # its own: rounding may have corrected it
             linear = SteppedLinear(
-                original.weight.detach(), found.codes[name], found.weight[name], original.bias, bits.weight[name]
+                get_linear(reference, name).weight.detach(),
+                found.codes[name],
+                found.weight[name],
+                None if bias is None else bias.detach().clone(),
+                bits.weight[name],
             )
             parent, _, leaf = name.rpartition(".")
             setattr(layer.get_submodule(parent), leaf, linear)
@@ -57,8 +61,15 @@ def make_trainable(layers: Iterable[tuple[DecoderLayer, DecoderLayer, LayerScale
         for site in (*SITES, *KV_SITES):
             if isinstance(quantizer := site_quantizer(layer, site), StaticQuantizer):
                 trainable.shifts.append(quantizer.shift)
-        trainable.gains += [layer.get_parameter(f"{name}.weight") for name in NORMS]
+        trainable.gains += [layer.get_parameter(name) for name in _trained(layer)]
     return trainable
+
+
+def _trained(layer: DecoderLayer) -> list[str]:
+    """Floating-point parameters that train: gains of norms, and the biases of norms and linears that have one."""
+    modules = (*NORMS, *SITE_OF_LINEAR)
+    biases = [f"{name}.bias" for name in modules if getattr(layer.get_submodule(name), "bias", None) is not None]
+    return [*(f"{name}.weight" for name in NORMS), *biases]
 
 
 @torch.no_grad()
@@ -73,13 +84,14 @@ def settle(layer: DecoderLayer, reference: DecoderLayer, found: LayerScales, bit
         original = get_linear(reference, name)
         plain = nn.Linear(original.in_features, original.out_features, original.bias is not None, device="meta")
         plain.weight = nn.Parameter(original.weight.detach(), requires_grad=False)
-        plain.bias = original.bias
+        if stepped.bias is not None:
+            plain.bias = nn.Parameter(stepped.bias.detach().clone(), requires_grad=False)
         setattr(layer.get_submodule(parent), leaf, plain)
     for site in (*SITES, *KV_SITES):
         if isinstance(quantizer := site_quantizer(layer, site), StaticQuantizer):
             scales = found.kv if site in KV_SITES else found.activation
             scales[site] = quantizer.scale.detach().clone().reshape(scales[site].shape)
-    for name in NORMS:
-        gain = layer.get_parameter(f"{name}.weight").requires_grad_(False)
-        found.norm[name] = gain.detach().clone()
+    names = _trained(layer)
+    for name in names:
+        found.parameters[name] = layer.get_parameter(name).requires_grad_(False).detach().clone()
     install(layer, found, bits)

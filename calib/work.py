@@ -15,7 +15,7 @@ from torch import Tensor
 from pq_export.calib.block import LayerScales
 from pq_export.files import errors_of, write_atomically
 
-GROUPS = ("activation", "kv", "weight", "codes", "norm")  # of a LayerScales, as they lie in its file
+GROUPS = ("activation", "kv", "weight", "codes", "parameters")  # of a LayerScales, as they lie in its file
 
 
 class WorkDirectory:

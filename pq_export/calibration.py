@@ -17,6 +17,8 @@ name                           dtype, shape         what
 ``<linear>.bias``              float32 [out]        only where the model has one
 ``embed_tokens.weight`` etc.   float16              not quantized: embedding and lm_head
 ``*norm.weight``               float32              ones after fusion, unless smoothed or tuned
+``*layernorm.bias``            float32 [hidden]     only where centering made one
+``*.key_offset``               float32 [G, 1, D]    likewise: added to keys after R3
 ``layers.N.prefix.key|value``  float16 [G, p, D]    post-RoPE, post-R3; absent without a prefix
 =============================  ===================  =========================================
 """
@@ -42,8 +44,9 @@ from pq_export.quantizer import code_range, pack_int4, unpack_int4
 OUTLIER_RATIO = 64.0  # a token is an outlier above this max/median ratio (PrefixQuant, η)
 
 FORMAT = "pq-export/calibration"
-SCHEMA_VERSION = 2
-PLAIN_SCHEMA_VERSION = 1  # without overrides: readers that know none would take 8-bit codes for packed 4-bit ones
+SCHEMA_VERSION = 3  # with the offsets of centering
+OVERRIDES_SCHEMA_VERSION = 2  # without them
+PLAIN_SCHEMA_VERSION = 1  # nor overrides: readers that know none would take 8-bit codes for packed 4-bit ones
 JSON_NAME, TENSORS_NAME, ASSETS_NAME = "calibration.json", "calibration.safetensors", "tokenizer"
 
 # Linears of a layer -> the activation site that feeds them. One static scale per site.
@@ -219,7 +222,7 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
     c = calibration
     document = {
         "format": FORMAT,
-        "schema_version": SCHEMA_VERSION if c.overrides else PLAIN_SCHEMA_VERSION,
+        "schema_version": _schema_version(c),
         "pq_export": __version__,
         "source": asdict(c.source),
         "precision": str(c.precision),
@@ -236,6 +239,13 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
     }
     (directory / JSON_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _schema_version(c: Calibration) -> int:
+    """The first version whose readers understand ``c``."""
+    if c.decoder.centered:
+        return SCHEMA_VERSION
+    return OVERRIDES_SCHEMA_VERSION if c.overrides else PLAIN_SCHEMA_VERSION
 
 
 def read_calibration_json(directory: Path) -> dict[str, Any]:

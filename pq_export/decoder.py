@@ -42,7 +42,8 @@ class DecoderConfig:
     """Sizes and constants of one decoder, all that is needed to build it without its checkpoint.
 
     ``inv_freq`` holds the rotary inverse frequencies [D/2] after any context-extension scaling and
-    ``rope_scaling`` the factor that YaRN-like schemes put on cos and sin.
+    ``rope_scaling`` the factor that YaRN-like schemes put on cos and sin. ``norm_bias`` (norms of the layers) and
+    ``key_offset`` no checkpoint has: centering makes them (:mod:`pq_export.calib.center`).
     """
 
     model_type: str
@@ -61,9 +62,18 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_bias: bool = False
+    key_offset: bool = False
+
+    @property
+    def centered(self) -> bool:
+        """Whether there are offsets that no checkpoint has."""
+        return self.norm_bias or self.key_offset
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All fields; those of centering only where it was done, for readers that know none."""
+        fields = asdict(self)
+        return fields if self.centered else {k: v for k, v in fields.items() if k not in ("norm_bias", "key_offset")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> DecoderConfig:
@@ -71,15 +81,17 @@ class DecoderConfig:
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in fp32."""
+    """``x / sqrt(mean(x^2) + eps) * weight [+ bias]`` over the last axis, in fp32."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, bias: bool = False):
         super().__init__()
         self.eps = float(np.float32(eps))  # the number that a fp32 graph holds
         self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        x = x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return x if self.bias is None else x + self.bias
 
 
 class RotaryTable(nn.Module):
@@ -163,6 +175,7 @@ class Attention(nn.Module):
         self.q_rotary, self.k_rotary = Rotary(), Rotary()
         self.q_rotation: nn.Module = nn.Identity()
         self.k_rotation: nn.Module = nn.Identity()
+        self.key_offset = nn.Parameter(torch.zeros(c.num_kv_heads, 1, c.head_dim)) if c.key_offset else None
         self.key_quantizer: nn.Module = nn.Identity()
         self.value_quantizer: nn.Module = nn.Identity()
         self.qkv_input_quantizer: nn.Module = nn.Identity()
@@ -179,8 +192,10 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(b, -1, self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(b, -1, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q = self.q_rotation(self.q_rotary(q, *rope))
-        k = self.key_quantizer(self.k_rotation(self.k_rotary(k, *rope)))
-        return q, k, self.value_quantizer(v)
+        k = self.k_rotation(self.k_rotary(k, *rope))
+        if self.key_offset is not None:  # the same for all keys, the prefix's too: softmax does not see it
+            k = k + self.key_offset
+        return q, self.key_quantizer(k), self.value_quantizer(v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """softmax(q kᵀ / sqrt(D) + mask) v -> [B, S, H·D]; ``mask`` [B, 1, R·S, T].
@@ -238,9 +253,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_bias)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: KVPair, mask: Tensor, past: KVPair) -> tuple[Tensor, KVPair]:

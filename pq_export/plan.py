@@ -12,6 +12,8 @@ from pq_export import __version__
 from pq_export.errors import UsageError
 from pq_export.precision import Precision
 
+PREFIX_ROOM = 16  # tokens of the model's context that are left to prefixes
+
 
 def default_rotate(precision: Precision) -> str:
     """Online Hadamards where activations are quantized; weight-only gains nothing from them (README)."""

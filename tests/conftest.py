@@ -250,7 +250,7 @@ def calibrations(
     made: dict[object, Calibration] = {}
 
     def make(name: str, kv: int | None = None, family: str = "llama", **changes: object) -> Calibration:
-        key = (name, kv, family, tuple(sorted(changes.items())))
+        key = (name, kv, family, repr(sorted(changes.items())))
         if key not in made:
             checkpoint = load_checkpoint(str(checkpoint_dir(family)))
             output = tmp_path_factory.mktemp("calibration") / "out"

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from pq_export.calibration import read_calibration_json
 from pq_export.cli import commands
+from pq_export.plan import PREFIX_ROOM
 from tests.cli_runner import Runner
 
 FAST = ("--calib-samples", 4, "--seq-len", 32)
@@ -98,10 +100,11 @@ def test_one_command_writes_a_whole_bundle(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {"out", "out.calib", "stdout.txt"}
     report = json.loads((exported / "out" / "report.json").read_text())
     assert report["validation"]["passed"]
-    assert [stage["name"] for stage in report["stages"]][:4] == [
+    assert [stage["name"] for stage in report["stages"]][:5] == [
         "load checkpoint",
         "rewrite weights",
         "find outlier tokens",
+        "center",
         "collect ranges",
     ]
     assert all(stage["seconds"] > 0 and stage["peak_rss"] > 2**20 for stage in report["stages"])
@@ -326,3 +329,14 @@ def test_text_comes_out_with_its_spaces(exported: Path) -> None:
 
     pieces = [commands._piece(Stripping(), shown, [new]) for shown, new in (([], 1), ([1], 2), ([2], 3))]
     assert "".join(pieces) == "w1 w2 w3"
+
+
+def test_a_recipes_crops_fit_the_models_context(
+    pq: Runner, tiny_llama_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The default recipe's are longer than this model's 512 tokens; what is given by hand is taken at its word."""
+    out = tmp_path / "calibration"
+    arguments = ("calibrate", tiny_llama_dir, "--w4a4", "--calib-data", text_file, "--calib-samples", "2")
+    assert pq(*arguments, "-o", out).code == 0
+    assert read_calibration_json(out)["plan"]["seq_len"] == 512 - PREFIX_ROOM
+    pq.refuses(*arguments, "--seq-len", "2048", "-o", tmp_path / "b", says=("--seq-len 2048 is longer",))

@@ -32,7 +32,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_recipes_that_ship() -> None:
-    assert {"fast", "default", "best", "npu"} == set(recipe_names())
+    assert {"fast", "short", "default", "best", "npu", "npu-w8a8"} == set(recipe_names())
 
 
 @pytest.mark.parametrize("precision", WEIGHT_ACTIVATION)
@@ -52,9 +52,11 @@ def test_no_name_is_the_default_recipe() -> None:
     assert ("gptq" in dict(load_recipe(None)["steps"])) and "gptq" not in dict(load_recipe("fast")["steps"])
 
 
-def test_npu_has_nothing_online(tmp_path: Path) -> None:
-    plan = resolve_plan(None, None, load_recipe("npu"))
-    assert (plan.rotate, plan.precision) == ("offline", Precision(4, 8, 8))
+@pytest.mark.parametrize(("name", "weight_bits"), [("npu", 4), ("npu-w8a8", 8)])
+def test_npu_has_nothing_online(name: str, weight_bits: int) -> None:
+    plan = resolve_plan(None, None, load_recipe(name))
+    assert (plan.rotate, plan.precision) == ("offline", Precision(weight_bits, 8, 8))
+    assert "center" not in dict(plan.steps)  # a vector that is added is an operation too
 
 
 def test_a_file_may_be_called_by_a_name_without_suffix_only_if_it_is_there(tmp_path: Path) -> None:
@@ -290,6 +292,6 @@ def test_a_recipe_by_name_and_the_default(pq: Runner, tiny_llama_dir: Path) -> N
     def steps(*args: object) -> list[str]:
         return [name for name, _ in planned(pq, tiny_llama_dir, "--w4a4", *args)["steps"]]
 
-    assert steps("--recipe", "fast") == ["clip_search"]
+    assert steps("--recipe", "fast") == ["center", "clip_search"]
     assert steps() == steps("--recipe", "default") == [name for name, _ in load_recipe("default")["steps"]]
     assert Plan(Precision(4, 4, 4)).steps == (("clip_search", {}),)  # for those who build a plan by hand

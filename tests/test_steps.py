@@ -28,6 +28,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "tune_prefix": {"steps": 4, "batch": 2},
     "learn_rotations": {"steps": 3, "batch": 2},
     "smooth_attention": {},
+    "center": {},
     "smooth": {"sites": ["self_attn.qkv_input", "mlp.gate_up_input"]},  # R4 is on: not down_proj's input
     "keep_8bit": {"budget": 0.4},
     "key_bits": {"threshold": 0.0},

@@ -52,7 +52,7 @@ def make(tiny_decoder: Decoder) -> Callable[..., list[Block]]:
 
 def tensors_of(found: LayerScales) -> dict[str, Tensor]:
     """Copies of everything that was found, by name."""
-    groups = ("activation", "kv", "weight", "codes", "norm")
+    groups = ("activation", "kv", "weight", "codes", "parameters")
     return {f"{group}/{name}": t.clone() for group in groups for name, t in getattr(found, group).items()}
 
 
@@ -62,7 +62,7 @@ def assert_same(found: LayerScales, before: dict[str, Tensor]) -> None:
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     for name in after.keys() - before.keys():
-        assert name.startswith("norm/") and bool((after[name] == 1).all()), name
+        assert name.startswith("parameters/") and bool((after[name] == 1).all()), name
 
 
 def assert_plain(block: Block) -> None:
@@ -135,7 +135,8 @@ def test_settling_takes_what_was_trained(make: Callable[..., list[Block]]) -> No
         scale = getattr(found, group)[site]
         assert scale.shape == before[f"{group}/{site}"].shape
         assert torch.allclose(scale, before[f"{group}/{site}"] * torch.tensor(-0.25).exp())
-    assert bool((found.norm[NORMS[0]] == 2).all()) and bool((found.norm[NORMS[1]] == 1).all())
+    first, second = (found.parameters[f"{name}.weight"] for name in NORMS)
+    assert bool((first == 2).all()) and bool((second == 1).all())
     assert_plain(block)
     with torch.no_grad():
         assert torch.allclose(block.staged().run(block.x), y, atol=1e-5)
@@ -294,7 +295,7 @@ def test_a_soft_linear_starts_at_the_codes_and_ends_decided(make: Callable[..., 
     name = "mlp.gate_proj"
     original, codes = block.reference.get_submodule(name), block.found.codes[name]
     assert isinstance(original, torch.nn.Linear)
-    soft = SoftRoundedLinear(original, codes, block.found.weight[name], 4)
+    soft = SoftRoundedLinear(original.weight.detach(), codes, block.found.weight[name], None, 4)
     assert torch.equal(soft.codes().to(torch.int8), codes)
     steps = original.weight / block.found.weight[name][:, None]
     inside = (steps - codes).abs() < 0.5 - CELL_MARGIN

@@ -21,7 +21,7 @@ from pq_export.calib.baselines.blocks import Place, Rounding, place_maxima, plac
 from pq_export.calib.baselines.channels import observe_channels
 from pq_export.calib.baselines.cushioncache import CushionOptions, cushion_prefix
 from pq_export.calib.baselines.dynamic import DynamicKVQuantizer, DynamicQuantizer, place_dynamic, search_dynamic
-from pq_export.calib.baselines.outliertune import ShiftedRMSNorm, fold_channel_scales
+from pq_export.calib.baselines.outliertune import fold_channel_scales
 from pq_export.calib.baselines.qfep import qfep_prefix
 from pq_export.calib.baselines.smoothquant import choose_alpha, smooth
 from pq_export.calib.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ from pq_export.validate.perplexity import LogitsOf, torch_logits
 ROUNDINGS = ("gptq", "rtn")
 Steps = tuple[tuple[str, dict[str, Any]], ...]  # of our recipes, as a plan holds them
 SEARCH: Steps = (("clip_search", {}),)
-UNLEARNED = ("smooth_attention", "smooth", "keep_8bit", "key_bits")  # steps that rivals with our pipeline get too
+UNLEARNED = ("smooth_attention", "smooth", "center", "keep_8bit", "key_bits")  # what rivals with our pipeline get too
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,8 @@ def online_operations(decoder: Decoder) -> tuple[str, ...]:
     names = {
         "R3": any(isinstance(layer.self_attn.k_rotation, HadamardTransform) for layer in layers),
         "R4": any(isinstance(layer.mlp.down_rotation, HadamardTransform) for layer in layers),
-        "norm shift": any(isinstance(layer.input_layernorm, ShiftedRMSNorm) for layer in layers),
+        "norm shift": any(layer.input_layernorm.bias is not None for layer in layers),
+        "key shift": any(layer.self_attn.key_offset is not None for layer in layers),
         "token scales": any(isinstance(m, (DynamicQuantizer, DynamicKVQuantizer)) for m in decoder.modules()),
     }
     return tuple(name for name, there in names.items() if there)

@@ -1,7 +1,7 @@
 """OutlierTune (Wang et al., arXiv 2406.18832): per-channel static activations at the cost of per-tensor ones.
 
 1. Symmetrization: the center ``z_j`` of each channel that leaves a norm is subtracted and its image ``W z``
-   becomes the linear's bias. RMSNorm has no bias to fold ``-z`` into, so the norm subtracts it explicitly.
+   becomes the linear's bias; RMSNorm gets one for ``-z``.
 2. Pre-executed dequantization: each channel has its own scale ``s_j``, folded into the norm's gain and the
    weight's columns, so the quantizer behind the norm has scale 1 and integers need no scale of their own.
 
@@ -11,28 +11,14 @@ Its targets are the linears behind a norm; o_proj and down_proj keep per-tensor 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pq_export.calib.baselines.channels import NORM_SITES, ChannelRange, norm_and_linears
 from pq_export.calib.baselines.smoothquant import SMALLEST, scale_channels
 from pq_export.calib.checkpoint import full_logits, probe_ids
 from pq_export.calib.rewrites import assert_unchanged
-from pq_export.decoder import Decoder, RMSNorm
+from pq_export.decoder import Decoder
 from pq_export.quantizer import code_range
-
-
-class ShiftedRMSNorm(RMSNorm):
-    """RMSNorm whose output is moved by ``-shift`` [C]: the subtraction that a LayerNorm's bias would do."""
-
-    shift: Tensor
-
-    def __init__(self, norm: RMSNorm, shift: Tensor):
-        super().__init__(len(norm.weight), norm.eps)
-        self.weight = norm.weight
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) - self.shift
 
 
 @torch.no_grad()
@@ -45,7 +31,7 @@ def fold_channel_scales(decoder: Decoder, ranges: dict[str, ChannelRange], bits:
     ids = probe_ids(decoder.config.vocab_size).to(decoder.embed_tokens.weight.device)
     reference = full_logits(decoder, ids)
     for index, layer in enumerate(decoder.layers):
-        for site, (norm_name, _) in NORM_SITES.items():
+        for site in NORM_SITES:
             found, (norm, linears) = ranges[f"layers.{index}.{site}"], norm_and_linears(layer, site)
             z = found.center
             peak = torch.maximum(found.high - z, z - found.low)
@@ -55,5 +41,5 @@ def fold_channel_scales(decoder: Decoder, ranges: dict[str, ChannelRange], bits:
                 bias = moved if linear.bias is None else linear.bias.double() + moved
                 linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
             scale_channels(norm.weight, linears, s)
-            setattr(layer, norm_name, ShiftedRMSNorm(norm, z / s))
+            norm.bias = nn.Parameter(-z / s, requires_grad=False)
     assert_unchanged(full_logits(decoder, ids), reference, "OutlierTune")

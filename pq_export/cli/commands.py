@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pq_export.cli.options import chosen_precision
 from pq_export.cli.tables import print_report, print_validation
 from pq_export.errors import IntegrityError, Interrupted, PqExportError, UsageError
 from pq_export.files import check_output
-from pq_export.plan import Plan, resolve_plan
+from pq_export.plan import PREFIX_ROOM, Plan, resolve_plan
 from pq_export.stages import Stages
 from pq_export.targets import TARGETS, find_target
 
@@ -41,6 +41,7 @@ def run_export(model: str, flags: dict[str, Any]) -> bool:
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
         checkpoint = _load(model, plan, flags, stages)
+        plan = fit_context(plan, checkpoint, flags, stages)
         refuse_contamination(checkpoint.tokenizer, flags["text"], plan.calib_data, stages)
         calibration = _calibrated(checkpoint, plan, calibration_directory, flags, stages)
         del checkpoint
@@ -79,7 +80,8 @@ def run_calibrate(model: str, flags: dict[str, Any]) -> bool:
         stages = Stages(screen)
         from pq_export.calib.pipeline import calibrate
 
-        calibration = calibrate(_load(model, plan, flags, stages), plan, output, stages)
+        checkpoint = _load(model, plan, flags, stages)
+        calibration = calibrate(checkpoint, fit_context(plan, checkpoint, flags, stages), output, stages)
     if flags["as_json"]:
         print_json({"calibration": str(output), **_calibration_facts(calibration), "stages": stages.to_list()})
     else:
@@ -202,8 +204,19 @@ def _plan(flags: dict[str, Any]) -> Plan:
 
     kv = flags.pop("kv")
     options = {name: flags.pop(name) for name in PLAN_FLAGS}
+    flags["long_crops_meant"] = options["seq_len"] is not None
     recipe = load_recipe(flags.pop("recipe"))
     return resolve_plan(chosen_precision(flags), None if kv is None else int(kv), recipe, **options)
+
+
+def fit_context(plan: Plan, checkpoint: Any, flags: dict[str, Any], stages: Stages) -> Plan:
+    """``plan`` with crops that the model's context holds beside a prefix, unless their length was given by hand."""
+    context = checkpoint.decoder.config.max_position_embeddings
+    if flags["long_crops_meant"] or plan.seq_len <= context - PREFIX_ROOM:
+        return plan
+    fitting = context - PREFIX_ROOM
+    stages.progress.note(f"crops of {fitting} tokens, not {plan.seq_len}: the model's context is {context}")
+    return replace(plan, seq_len=fitting)
 
 
 def _load(model: str, plan: Plan, flags: dict[str, Any], stages: Stages, title: str = "load checkpoint") -> Any:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pq_export import __version__
-from pq_export.cli.commands import _load, _plan, check_device
+from pq_export.cli.commands import _load, _plan, check_device, fit_context
 from pq_export.cli.console import Screen, output_console, print_json, seconds_text, table
 from pq_export.errors import PqExportError, UsageError
 from pq_export.files import check_output, new_directory
+from pq_export.plan import PREFIX_ROOM
 from pq_export.stages import Stages
-
-PREFIX_ROOM = 16  # tokens of the model's context that are left to prefixes
 
 
 def run_compare(model: str, flags: dict[str, Any]) -> bool:
@@ -37,6 +36,7 @@ def run_compare(model: str, flags: dict[str, Any]) -> bool:
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
         checkpoint = _load(model, plan, flags, stages)
+        plan = fit_context(plan, checkpoint, flags, stages)
         window = min(flags["window"], checkpoint.decoder.config.max_position_embeddings - PREFIX_ROOM)
         text, windows = _windows(checkpoint, plan.calib_data, flags, window, stages)
         with memory_errors(stages):

@@ -62,7 +62,7 @@ calibration_options = _stack(
     click.option("--num-layers", type=int, metavar="N", help="Use only the first N layers: smoke runs."),
     click.option(
         "--recipe",
-        metavar="fast|default|best|npu|FILE",
+        metavar="fast|short|default|best|npu|npu-w8a8|FILE",
         help="Steps to take, and any of these options, as a YAML file (default: default).",
     ),
     device_option,
