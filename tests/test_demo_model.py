@@ -49,9 +49,7 @@ def w4a4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """W4A4KV4 with GPTQ on little text; one window of perplexity."""
     folder = tmp_path_factory.mktemp("w4a4")
     recipe = recipe_file(folder, steps=["center", "clip_search", {"gptq": {"samples": 4, "refine": 1}}])
-    # Free running, two fp32 programs of a 4-bit model part ways at the first tie: judged in the fp64 twin.
-    loose = ("--max-ppl-difference", 0.1)
-    return pq(MODEL, "--target", "ort", "--w4a4", "--recipe", recipe, "--windows", 1, *loose, "-o", folder / "out")
+    return pq(MODEL, "--target", "ort", "--w4a4", "--recipe", recipe, "--windows", 1, "-o", folder / "out")
 
 
 @pytest.fixture(scope="module")

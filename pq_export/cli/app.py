@@ -192,6 +192,53 @@ def targets(**flags: Any) -> None:
     _exit(run_targets(flags))
 
 
+@cli.group()
+def plugin() -> None:
+    """Build the CUDA kernels and their TensorRT plugin, libpq.so."""
+
+
+@plugin.command("build")
+@click.option(
+    "--sm",
+    "sms",
+    multiple=True,
+    metavar="SM",
+    help="GPU to compile for: 80, 86, 87 (Jetson Orin), 89, 90, 100, 110 (Thor) or 120; several give one library "
+    "for all of them (default: this machine's).",
+)
+@click.option("-o", "--output", type=opt.path_type, metavar="DIR", help="Also copy libpq.so into DIR.")
+@click.option(
+    "--tensorrt-include",
+    type=opt.path_type,
+    metavar="DIR",
+    help="TensorRT's headers (default: $TENSORRT_INCLUDE, then the system's).",
+)
+@click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Compilers at a time (default: all cores).")
+@opt.common_options
+def build_plugin(**flags: Any) -> None:
+    """Compile libpq.so for one GPU or several.
+
+    \b
+      pq-export plugin build --sm 87
+      trtexec --onnx=model.onnx --dynamicPlugins=PATH/libpq.so
+
+    Needs nvcc and CMake. The TensorRT plugin is inside where TensorRT's headers are found. The library is kept in the
+    user's cache and used again until its sources or the compiler change.
+    """
+    from pq_export.cli.plugin import run_build
+
+    _exit(run_build(flags))
+
+
+@plugin.command("list")
+@opt.common_options
+def list_plugins(**flags: Any) -> None:
+    """List the libraries that were built."""
+    from pq_export.cli.plugin import run_list
+
+    _exit(run_list(flags))
+
+
 def _exit(passed: bool) -> None:
     if not passed:
         sys.exit(EXIT_BELOW_THRESHOLD)
