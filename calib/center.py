@@ -26,8 +26,7 @@ from torch import Tensor
 from pq_export.calib.biases import add_key_offsets, add_linear_biases, add_norm_biases
 from pq_export.calib.block import get_linear
 from pq_export.calib.checkpoint import full_logits, probe_ids
-from pq_export.calib.fake_quant import site_quantizer
-from pq_export.calib.outliers import hidden_states
+from pq_export.calib.observe import observe_sites
 from pq_export.calib.rewrites import assert_unchanged
 from pq_export.calib.smooth import NORM_OF_SITE
 from pq_export.calibration import KV_SITES, SITE_OF_LINEAR
@@ -76,21 +75,7 @@ def find_means(
         sums = x.sum((0, 2) if x.dim() == 4 else (0, 1)).double()
         totals[name] = totals[name] + sums if name in totals else sums
 
-    handles = [
-        site_quantizer(layer, site).register_forward_pre_hook(
-            lambda module, args, name=f"layers.{index}.{site}": see(name, args[0])
-        )
-        for index, layer in enumerate(decoder.layers)
-        for site in sites
-    ]
-    try:
-        for start in range(0, len(crops), batch):
-            ids = crops[start : start + batch].to(decoder.embed_tokens.weight.device)
-            hidden_states(decoder, ids)
-            progress(len(ids))
-    finally:
-        for handle in handles:
-            handle.remove()
+    observe_sites(decoder, crops, sites, see, batch, progress)
     return {name: (total / crops.numel()).float() for name, total in totals.items()}
 
 

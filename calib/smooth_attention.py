@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pq_export.calib.checkpoint import full_logits, probe_ids
-from pq_export.calib.outliers import hidden_states
+from pq_export.calib.observe import observe_sites
 from pq_export.calib.rewrites import assert_unchanged
 from pq_export.decoder import Attention, Decoder, RMSNorm
 from pq_export.errors import PqExportError
@@ -37,25 +37,14 @@ def key_maxima(
 
     The decoder's prefix stands in front, and its own keys do not count: they stay in FP16.
     """
-    maxima: dict[int, Tensor] = {}
+    maxima: dict[str, Tensor] = {}
 
-    def see(layer: int, keys: Tensor) -> None:
+    def see(name: str, keys: Tensor) -> None:
         peak = keys.abs().amax((0, 2))
-        maxima[layer] = torch.maximum(maxima[layer], peak) if layer in maxima else peak
+        maxima[name] = torch.maximum(maxima[name], peak) if name in maxima else peak
 
-    handles = [
-        layer.self_attn.key_quantizer.register_forward_pre_hook(lambda module, args, i=index: see(i, args[0]))
-        for index, layer in enumerate(decoder.layers)
-    ]
-    try:
-        for start in range(0, len(crops), batch):
-            ids = crops[start : start + batch].to(decoder.embed_tokens.weight.device)
-            hidden_states(decoder, ids)
-            progress(len(ids))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [maxima[index].cpu() for index in range(len(decoder.layers))]
+    observe_sites(decoder, crops, ("self_attn.key",), see, batch, progress)
+    return [maxima[f"layers.{index}.self_attn.key"].cpu() for index in range(len(decoder.layers))]
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pq_export.calib.checkpoint import full_logits, probe_ids
-from pq_export.calib.outliers import hidden_states
+from pq_export.calib.observe import observe_sites
 from pq_export.calib.rewrites import assert_unchanged
+from pq_export.calib.smooth import DOWN_SITE
 from pq_export.decoder import MLP, Decoder
 from pq_export.errors import PqExportError
 
@@ -63,25 +64,14 @@ def count_copies(peaks: Tensor, extra: int) -> Tensor:
 def channel_peaks(
     decoder: Decoder, crops: Tensor, batch: int = 4, progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, Tensor]:
-    """Layer index as text -> max |down_proj's input| [C] over ``crops`` [N, S], the prefix in front."""
+    """``layers.N.mlp.down_input`` -> max |x| [C] over ``crops`` [N, S], the prefix in front."""
     peaks: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
         peak = x.abs().amax((0, 1))
         peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
 
-    handles = [
-        layer.mlp.down_input_quantizer.register_forward_pre_hook(lambda module, args, i=index: see(str(i), args[0]))
-        for index, layer in enumerate(decoder.layers)
-    ]
-    try:
-        for start in range(0, len(crops), batch):
-            ids = crops[start : start + batch].to(decoder.embed_tokens.weight.device)
-            hidden_states(decoder, ids)
-            progress(len(ids))
-    finally:
-        for handle in handles:
-            handle.remove()
+    observe_sites(decoder, crops, (DOWN_SITE,), see, batch, progress)
     return peaks
 
 
@@ -98,7 +88,7 @@ def split_channels(decoder: Decoder, peaks: dict[str, Tensor], extra: int) -> No
     ids = probe_ids(decoder.config.vocab_size).to(decoder.embed_tokens.weight.device)
     reference = full_logits(decoder, ids)
     for index, layer in enumerate(decoder.layers):
-        _split(layer.mlp, count_copies(peaks[str(index)].cpu(), extra).to(ids.device))
+        _split(layer.mlp, count_copies(peaks[f"layers.{index}.{DOWN_SITE}"].cpu(), extra).to(ids.device))
     decoder.config = replace(decoder.config, intermediate_size=decoder.config.intermediate_size + extra)
     assert_unchanged(full_logits(decoder, ids), reference, "split channels")
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pq_export.calib.fake_quant import site_quantizer
-from pq_export.calib.outliers import hidden_states
+from pq_export.calib.observe import observe_sites
 from pq_export.decoder import Decoder, DecoderLayer, RMSNorm
 
 SAMPLED_TOKENS = 512  # of each site, to judge a rewrite on
@@ -60,20 +59,7 @@ def observe_channels(
     def see(name: str, x: Tensor) -> None:  # [B, S, C]
         seen.setdefault(name, []).append((x.amin(1), x.amax(1), x[:, ::stride].flatten(0, 1)))
 
-    handles = [
-        site_quantizer(layer, site).register_forward_pre_hook(
-            lambda module, args, name=f"layers.{index}.{site}": see(name, args[0])
-        )
-        for index, layer in enumerate(decoder.layers)
-        for site in NORM_SITES
-    ]
-    try:
-        for part in crops.split(batch):
-            hidden_states(decoder, part.to(decoder.embed_tokens.weight.device))
-            progress(len(part))
-    finally:
-        for handle in handles:
-            handle.remove()
+    observe_sites(decoder, crops, NORM_SITES, see, batch, progress)
     ranges = {}
     for name, parts in seen.items():
         low, high, tokens = (torch.cat(kind) for kind in zip(*parts, strict=True))
