@@ -156,8 +156,8 @@ inline pq_status check_codes(const void* codes, int codes_type, int bits, int M,
 }
 
 template <typename... Parameters, typename... Arguments>
-pq_status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, void* stream,
-                 Arguments... arguments) {
+pq_status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, void* stream,
+                        Arguments... arguments) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
@@ -180,8 +180,8 @@ pq_status launch_elementwise(const Source& source, const float* shift, float sca
     const int sms = device_attribute(cudaDevAttrMultiProcessorCount);
     const long long wanted = (static_cast<long long>(M) * (K / kUnitValues) + kThreads - 1) / kThreads;
     const int ctas = static_cast<int>(std::min<long long>(wanted, std::max(1, sms) * kCtasPerSm));
-    return launch(elementwise_kernel<Source>, dim3(ctas), dim3(kThreads), 0, stream, source, shift,
-                  Coder::of(scale, bits), Codes{codes, codes_type == PQ_S4}, M, K);
+    return launch_kernel(elementwise_kernel<Source>, dim3(ctas), dim3(kThreads), 0, stream, source, shift,
+                         Coder::of(scale, bits), Codes{codes, codes_type == PQ_S4}, M, K);
 }
 
 // Calls f with a value of the type that x_type names.

@@ -111,6 +111,12 @@ bool make_plan(const Device& device, const Variant& v, int M, int N, int K, Laun
     return false;
 }
 
+template <typename Shape>
+cudaError_t allow_shared(size_t bytes) {
+    return cudaFuncSetAttribute(decode_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes));
+}
+
 // How many clusters run at once: fewer than their CTAs would suggest, as a cluster lives in one GPC. The runtime takes
 // its time to answer, so that answers are kept: the shapes of a model's layers take turns.
 template <typename Shape>
@@ -123,20 +129,19 @@ int resident_clusters(const Device& device, const cudaLaunchConfig_t& config) {
     const uint64_t kept = slot.load(std::memory_order_relaxed);
     if (kept >> 16 == key) return static_cast<int>(kept & 0xffff);
     int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, decode_kernel<Shape>, &config) != cudaSuccess) cudaGetLastError();
+    if (allow_shared<Shape>(config.dynamicSmemBytes) != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&clusters, decode_kernel<Shape>, &config) != cudaSuccess)
+        cudaGetLastError();  // the launch will say so
     clusters = std::max(clusters, 1);
     slot.store(key << 16 | static_cast<uint64_t>(clusters), std::memory_order_relaxed);
     return clusters;
 }
 
-// The plan and the launch's configuration; `cluster` must live as long as the configuration.
+// The plan and the launch's configuration, in which `cluster` is the attribute; false as make_plan.
 template <typename Shape>
-pq_status configure(const Device& device, const Variant& v, int M, int N, int K, Launch& launch,
-                    cudaLaunchConfig_t& config, cudaLaunchAttribute& cluster) {
-    if (!make_plan<Shape>(device, v, M, N, K, launch)) return PQ_BAD_VARIANT;
-    const pq_status allowed = status_of(
-        cudaFuncSetAttribute(decode_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes));
-    if (allowed != PQ_OK) return allowed;
+bool configure(const Device& device, const Variant& v, int M, int N, int K, Launch& launch, cudaLaunchConfig_t& config,
+               cudaLaunchAttribute& cluster) {
+    if (!make_plan<Shape>(device, v, M, N, K, launch)) return false;
     config.blockDim = dim3(launch.threads);
     config.dynamicSmemBytes = launch.shared_bytes;
     const int ctas = v.splits * v.sharers;
@@ -149,21 +154,23 @@ pq_status configure(const Device& device, const Variant& v, int M, int N, int K,
     }
     launch.clusters = std::min((launch.plan.groups + v.sharers - 1) / v.sharers, launch.resident);
     config.gridDim = dim3(ctas, launch.clusters);
-    return PQ_OK;
+    return true;
 }
 
-// What a variant takes beyond streaming the weights, in microseconds of an H100 (fitted to 470 timings there): copying
-// x out of L2, a last round that leaves multiprocessors idle, results finished one after another, clusters that meet.
-double extra_time(const Device& device, const Variant& v, const Launch& launch, int M, int K) {
+// What a variant takes beyond streaming the weights, in microseconds of an H100 (fitted to timings there): copying x
+// out of L2, a last round that leaves multiprocessors idle, results finished one after another, longer sums and
+// barriers of more warps, clusters that meet.
+double extra_time(const Device& device, const Variant& v, const Launch& launch, int M) {
     const DecodePlan& plan = launch.plan;
     const double turns = static_cast<double>(plan.groups) / (launch.clusters * v.sharers), channels = 16.0 * v.rows;
     const double copies = plan.chunks > 1 ? turns : 1.0;
-    const double x_megabytes = copies * launch.clusters * M * K * 1e-6;  // each cluster reads all of x's columns once
+    const double x_megabytes =
+        copies * launch.clusters * M * plan.x_bytes * 1e-6;  // each cluster reads all of x's columns once
     const int in_last_round = plan.groups % (launch.resident * v.sharers) * v.splits;
     const bool idle = in_last_round > 0 && in_last_round * 2 <= device.sms * (16 / v.warps);
-    const double group_megabytes = channels * K / 2 / v.splits * 1e-6;
+    const double group_megabytes = 1e-6 * v.rows * plan.tiles * kTileBytes / v.splits;
     return 0.24 * x_megabytes + (idle ? 4.3 * group_megabytes * 8 / v.warps : 0.0) +
-           0.3 * turns * M * channels / (launch.threads * v.splits) + (v.warps == 16 ? 0.3 : 0.0) +
+           0.3 * turns * M * channels / (launch.threads * v.splits) + (v.warps == 16 ? 0.7 : 0.0) +
            (v.splits > 1 ? 1.1 + 0.12 * v.splits * turns : 0.0);
 }
 
@@ -172,7 +179,9 @@ template <int kLayout, int kTokens, typename F>
 auto with_rows(const Variant& v, const F& f) {
     if (v.warps == 16 && v.rows == 2) return f(DecodeShape<kLayout, kTokens, 2, 16>{});
     if (v.warps == 16) return f(DecodeShape<kLayout, kTokens, 4, 16>{});
-    if (v.rows == 1) return f(DecodeShape<kLayout, kTokens, 1, 8>{});
+    if constexpr (kTokens == 8) {
+        if (v.rows == 1) return f(DecodeShape<kLayout, 8, 1, 8>{});
+    }
     if (v.rows == 2) return f(DecodeShape<kLayout, kTokens, 2, 8>{});
     return f(DecodeShape<kLayout, kTokens, 4, 8>{});
 }
@@ -186,6 +195,9 @@ auto with_shape(const Variant& v, int layout, int M, const F& f) {
     if (layout == PQ_LAYOUT_S8) return with_tokens<PQ_LAYOUT_S8>(v, M, f);
     return with_tokens<PQ_LAYOUT_W8>(v, M, f);
 }
+
+// One row of 16 channels a group is for few tokens: with more, every CTA would copy x for little work.
+bool serves(const Variant& v, int M, int major) { return runs_on(v, major) && (v.rows > 1 || M <= 8); }
 
 bool takes(int layout, int x_type) {
     if (layout == PQ_LAYOUT_S4) return x_type == PQ_S4;
@@ -202,19 +214,19 @@ int variants(int sm, int layout, int x_type, int M, int N, int K, int* ids, int 
     double cost[kVariantCount];
     for (int i = 0; i < kVariantCount; ++i) {
         const Variant& v = kVariants[i];
-        if (!runs_on(v, sm / 10)) continue;
+        if (!serves(v, M, sm / 10)) continue;
         Launch launch{};
-        const pq_status status = with_shape(v, layout, M, [&](auto shape) {
+        const bool fits = with_shape(v, layout, M, [&](auto shape) {
             cudaLaunchConfig_t config{};
             cudaLaunchAttribute cluster{};
             return configure<decltype(shape)>(device, v, M, N, K, launch, config, cluster);
         });
-        if (status != PQ_OK) continue;
-        // Sharing x comes last whatever it saves, until it has been timed on a GPU: the rest has been.
-        cost[i] = extra_time(device, v, launch, M, K) + (v.sharers > 1 ? 1e6 : 0.0);
+        if (!fits) continue;
+        // Sharing x comes last, whatever it should save, until a GPU has run and timed it.
+        cost[i] = extra_time(device, v, launch, M) + (v.sharers > 1 ? 1e6 : 0.0);
         found[count++] = i;
     }
-    std::stable_sort(found, found + count, [&](int a, int b) { return cost[a] < cost[b]; });
+    std::sort(found, found + count, [&](int a, int b) { return cost[a] != cost[b] ? cost[a] < cost[b] : a < b; });
     for (int i = 0; i < std::min(count, capacity); ++i) ids[i] = kFirstId + found[i];
     return count;
 }
@@ -233,16 +245,19 @@ pq_status launch(int id, const Gemm& problem, int layout, int x_type, cudaStream
     if (!good_shape(problem.M, problem.N, problem.K)) return PQ_BAD_SHAPE;
     Device device;
     if (!current_device(device)) return PQ_CUDA_ERROR;
-    if (!runs_on(*v, device.major)) return PQ_BAD_VARIANT;
+    if (!serves(*v, problem.M, device.major)) return PQ_BAD_VARIANT;
     return with_shape(*v, layout, problem.M, [&](auto shape) {
         Launch launch{};
         cudaLaunchConfig_t config{};
         cudaLaunchAttribute cluster{};
-        const pq_status status =
-            configure<decltype(shape)>(device, *v, problem.M, problem.N, problem.K, launch, config, cluster);
-        if (status != PQ_OK) return status;
+        using Shape = decltype(shape);
+        if (!configure<Shape>(device, *v, problem.M, problem.N, problem.K, launch, config, cluster))
+            return PQ_BAD_VARIANT;
+        const cudaError_t allowed = allow_shared<Shape>(config.dynamicSmemBytes);
+        if (allowed != cudaSuccess) return status_of(allowed);
         config.stream = stream;
-        return status_of(cudaLaunchKernelEx(&config, decode_kernel<decltype(shape)>, problem, launch.plan));
+        launch.plan.coder = Coder::of(problem.y_scale, problem.y_bits);
+        return status_of(cudaLaunchKernelEx(&config, decode_kernel<Shape>, problem, launch.plan));
     });
 }
 

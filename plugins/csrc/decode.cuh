@@ -15,7 +15,7 @@
 // piece by piece to the slots that multiply it.
 #pragma once
 
-#include "common.cuh"
+#include "codes.cuh"
 #include "sm90.cuh"
 
 namespace pq {
@@ -61,6 +61,7 @@ struct DecodePlan {
     int chunks;
     int pieces;   // of x that the copy engine brings, all of x; 0: the threads copy a chunk at a time
     int x_bytes;  // of a row of x
+    Coder coder;  // of results that are quantized again
 };
 
 // Shared memory: x, the warps' sums, two buffers for the slices' sums, the barriers of x's pieces.
@@ -166,15 +167,16 @@ __device__ __forceinline__ void store_as(const Gemm& p, const Channel& c, int ac
 // One result. All lanes of a warp come here, even lanes with even channels: a byte of packed int4 takes two lanes'
 // codes.
 template <int kUnitOf>
-__device__ __forceinline__ void finish(const Gemm& p, const Channel& c, int acc, int m, bool inside) {
+__device__ __forceinline__ void finish(const Gemm& p, const Coder& coder, const Channel& c, int acc, int m,
+                                       bool inside) {
     const size_t at = static_cast<size_t>(m) * p.N + c.n;
     if (p.y_type == PQ_S8 || p.y_type == PQ_S4) {
-        int code = 0;
-        if (inside) code = quantize_value(result<kUnitOf, float>(p, acc, m, c.n, c.scale, c.bias), p.y_scale, p.y_bits);
-        const int next = __shfl_xor_sync(0xffffffffu, code, 1);
+        uint32_t code = 0;
+        if (inside) code = coder(result<kUnitOf, float>(p, acc, m, c.n, c.scale, c.bias));
+        const uint32_t next = __shfl_xor_sync(0xffffffffu, code, 1);
         if (!inside) return;
         if (p.y_type == PQ_S8) {
-            static_cast<int8_t*>(p.y)[at] = static_cast<int8_t>(code);
+            static_cast<uint8_t*>(p.y)[at] = static_cast<uint8_t>(code);
         } else if (c.n % 2 == 0) {
             static_cast<uint8_t*>(p.y)[at / 2] = static_cast<uint8_t>((code & 15) | next << 4);
         }
@@ -265,17 +267,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
     }
 #endif
 
-    // A chunk of this slice of x, zeros behind the rows' ends.
+    // A chunk of this slice of x, zeros behind the rows' ends. A batch at a time: its words are a constant power of
+    // two.
     const auto copy_chunk = [&](int chunk, int buffer) {
-        const int begin = first_step * kStepBytes + chunk * (stride - kRowPad);
+        constexpr int kBatchBytes = Shape::kBatchSteps * kStepBytes, kWords = kBatchBytes / 16;
 #pragma unroll 1
-        for (int m = 0; m < p.M; ++m) {
-            const char* from = static_cast<const char*>(p.x) + static_cast<size_t>(m) * plan.x_bytes;
-            unsigned char* to = shared + buffer * x_buffer + m * stride;
+        for (int batch = 0; batch < plan.chunk_batches; ++batch) {
+            const int begin = first_step * kStepBytes + (chunk * plan.chunk_batches + batch) * kBatchBytes;
+            unsigned char* const to = shared + buffer * x_buffer + batch * kBatchBytes;
 #pragma unroll 1
-            for (int i = threadIdx.x * 16; i < stride - kRowPad; i += Shape::kThreads * 16) {
-                const bool inside = begin + i < plan.x_bytes;
-                cp_async_16(to + i, from + (inside ? begin + i : 0), inside);
+            for (int i = threadIdx.x; i < p.M * kWords; i += Shape::kThreads) {
+                const int m = i / kWords, at = i % kWords * 16;
+                const bool inside = begin + at < plan.x_bytes;
+                const char* row_of_x = static_cast<const char*>(p.x) + static_cast<size_t>(m) * plan.x_bytes;
+                cp_async_16(to + m * stride + at, row_of_x + (inside ? begin + at : 0), inside);
             }
         }
         cp_async_commit();
@@ -283,11 +288,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
     if (!pieces) copy_chunk(0, 0);
 
     // Lanes 8 i..8 i + 7 address the tokens' bytes 16 i..16 i + 15 of a step; tokens that do not exist repeat the last.
-    const unsigned char* x_lane[kTokens / 8];
+    int x_lane[kTokens / 8];
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i)
-        x_lane[i] = shared + min(8 * i + static_cast<int>(threadIdx.x) % 8, p.M - 1) * stride +
-                    threadIdx.x % 32 / 8 * 16 + along_k * kStepBytes;
+        x_lane[i] = min(8 * i + static_cast<int>(threadIdx.x) % 8, p.M - 1) * stride +
+                    static_cast<int>(threadIdx.x) % 32 / 8 * 16 + along_k * kStepBytes;
 
     int next_chunk = 1, buffer = chunked ? 1 : 0;
     [[maybe_unused]] int turn = 0;  // of the slices' buffers
@@ -337,7 +342,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
 #pragma unroll
                 for (int i = 0; i < kTokens / 8; ++i) {
                     uint32_t b[4];
-                    ldmatrix_x4(b, x_lane[i] + x_offset + slot * Shape::kAlongK * kStepBytes);
+                    ldmatrix_x4(b, shared + x_lane[i] + x_offset + slot * Shape::kAlongK * kStepBytes);
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         if constexpr (Shape::kLayout == PQ_LAYOUT_S4) {
@@ -362,15 +367,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
             }
         __syncthreads();
 
-        // Where a token's sums lie, their parts apart by part_stride: those of this CTA's warps, or those of the
-        // slices.
+        // Where a token's sums lie, their parts apart by part_stride: this CTA's warps' sums, or the slices'.
         const int* parts = sums + own / 16 * (kTokens * kSumStride) + own % 16;
         int part_count = Shape::kAlongK, part_stride = kRows * kTokens * kSumStride, token_stride = kSumStride;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         if (splits > 1) {
             // Each slice finishes some of the channels, and gets the others' sums four at a time. Two buffers: who has
-            // met the others at this turn knows that they have read the buffer of the turn before, not that of this
-            // one.
+            // met the others at this turn knows that they have read the buffer of the turn before, not this one's.
             if (group == first_group && !pieces) cluster_wait();
             const int own_channels = 1 << plan.log_channels;
             int* const buffer_now = gather + (turn & 1) * gather_buffer;
@@ -394,7 +397,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
             const int m = first + (thread >> plan.log_channels);
             const bool inside = m < p.M && channel.n < p.N;
             const int acc_sum = inside ? add_parts(parts + m * token_stride, part_count, part_stride) : 0;
-            finish<kUnitOf>(p, channel, acc_sum, m, inside);
+            finish<kUnitOf>(p, plan.coder, channel, acc_sum, m, inside);
         }
     }
 }

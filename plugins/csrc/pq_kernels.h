@@ -104,6 +104,9 @@ int pq_silu_mul_quantize(const void* gate, const void* up, int ldg, int x_type, 
                          const float* left, const float* shift, float scale, void* codes, int codes_type, int bits,
                          int M, int K, void* stream);
 
+/* Limits: RMSNorm and dynamic K <= 32768; R4 with right_order 4 to 16384 and K <= 32768, of which 4 K bytes must fit the
+ * GPU's shared memory (K <= 25344 on sm_86, 89 and 120); ldg rows aligned to 16 bytes; scales 2^-100 to 2^100. */
+
 /* What static scales save: row_scale[m] = max |x[m, :]| / (2^(bits-1) - 1), or 1 for a row of zeros, and codes with it.
  * For the benchmark. */
 int pq_quantize_dynamic(const void* x, int x_type, float* row_scale, void* codes, int codes_type, int bits, int M,

@@ -193,9 +193,9 @@ int pq_rmsnorm_quantize(const void* x, int x_type, const void* residual, void* s
             return PQ_BAD_POINTER;
         const RowShape shape(M, K);
         return with_units(shape.units, [&](auto units) {
-            return launch(rmsnorm_kernel<T, decltype(units)::value>, shape.grid, shape.block, 0, stream,
-                          static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(sum), gain, eps,
-                          shift, Coder::of(scale, bits), Codes{codes, codes_type == PQ_S4}, M, K);
+            return launch_kernel(rmsnorm_kernel<T, decltype(units)::value>, shape.grid, shape.block, 0, stream,
+                                 static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(sum), gain,
+                                 eps, shift, Coder::of(scale, bits), Codes{codes, codes_type == PQ_S4}, M, K);
         });
     });
 }
@@ -210,8 +210,8 @@ int pq_quantize_dynamic(const void* x, int x_type, float* row_scale, void* codes
         if (!usable(x) || !row_scale) return PQ_BAD_POINTER;
         const RowShape shape(M, K);
         return with_units(shape.units, [&](auto units) {
-            return launch(dynamic_kernel<T, decltype(units)::value>, shape.grid, shape.block, 0, stream,
-                          static_cast<const T*>(x), row_scale, Codes{codes, codes_type == PQ_S4}, bits, M, K);
+            return launch_kernel(dynamic_kernel<T, decltype(units)::value>, shape.grid, shape.block, 0, stream,
+                                 static_cast<const T*>(x), row_scale, Codes{codes, codes_type == PQ_S4}, bits, M, K);
         });
     });
 }

@@ -253,8 +253,8 @@ pq_status launch_hadamard(const SiluMul<T>& source, const float* left, int left_
     const dim3 grid(M, std::max(1, std::min(row_blocks, sms / M)));
     const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(K)));
     const Hadamard hadamard = {left, left_order, log_right, staged_rows, rows_a_thread, norm};
-    return launch(silu_hadamard_kernel<T>, grid, dim3(kThreads), bytes, stream, source, hadamard, shift,
-                  Coder::of(scale, bits), Codes{codes, codes_type == PQ_S4}, K);
+    return launch_kernel(silu_hadamard_kernel<T>, grid, dim3(kThreads), bytes, stream, source, hadamard, shift,
+                         Coder::of(scale, bits), Codes{codes, codes_type == PQ_S4}, K);
 }
 
 }  // namespace
