@@ -28,6 +28,12 @@ WEIGHT_STEP = 1e-4
 PEAK_BYTES_PER_US, PEAK_OPS_PER_US = 4e6, 2e9  # generous: they only decide how many calls make a graph
 
 
+@functools.cache
+def generator() -> torch.Generator:
+    """Of all random data. Not PyTorch's default one: a capture that fails leaves that one unusable."""
+    return torch.Generator("cuda").manual_seed(0)
+
+
 class Linear:
     """One linear's weights in every form, random, in enough copies to outgrow the L2 cache twice."""
 
@@ -43,7 +49,9 @@ class Linear:
     def fp16(self) -> list[torch.Tensor]:
         """[K, N], column-major as a checkpoint's [N, K] is."""
         N, K = self.shape.N, self.shape.K
-        return self._copies(2 * N * K, lambda: torch.randn(N, K, device="cuda", dtype=torch.float16).t())
+        return self._copies(
+            2 * N * K, lambda: torch.randn(N, K, device="cuda", dtype=torch.float16, generator=generator()).t()
+        )
 
     @functools.cached_property
     def int8(self) -> list[torch.Tensor]:
@@ -53,7 +61,7 @@ class Linear:
     @functools.cached_property
     def fp8(self) -> list[torch.Tensor]:
         N, K = self.shape.N, self.shape.K
-        make = functools.partial(torch.randn, N, K, device="cuda", dtype=torch.float16)
+        make = functools.partial(torch.randn, N, K, device="cuda", dtype=torch.float16, generator=generator())
         return self._copies(N * K, lambda: make().to(torch.float8_e4m3fn).t())
 
     @functools.cached_property
@@ -62,8 +70,8 @@ class Linear:
         N, K = self.shape.N, self.shape.K
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
-            nibbles = torch.randint(0, 256, (N, K // 2), device="cuda", dtype=torch.uint8)
-            scales = torch.rand(K // GROUP, N, 2, device="cuda", dtype=torch.bfloat16) * 0.01
+            nibbles = torch.randint(0, 256, (N, K // 2), device="cuda", dtype=torch.uint8, generator=generator())
+            scales = 0.01 * torch.rand(K // GROUP, N, 2, device="cuda", dtype=torch.bfloat16, generator=generator())
             return torch._convert_weight_to_int4pack(nibbles, INNER_TILES), scales
 
         return self._copies(N * K // 2, make)
@@ -74,17 +82,19 @@ class Linear:
             return self._packed[layout]
         N, K = self.shape.N, self.shape.K
         size, scale = packed_bytes(layout, N, K), torch.full((N,), WEIGHT_STEP, device="cuda")
-        make = functools.partial(torch.randint, 0, 256, (size,), device="cuda", dtype=torch.uint8)
+        bytes_of = functools.partial(torch.randint, device="cuda", dtype=torch.uint8, generator=generator())
+        make = functools.partial(bytes_of, 0, 256, (size,))
         self._packed[layout] = self._copies(size, lambda: PackedWeights(make(), scale, None, layout, N, K))
         return self._packed[layout]
 
 
 def _random_codes(shape: tuple[int, int], bits: int) -> torch.Tensor:
-    return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, device="cuda", dtype=torch.int8)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    return torch.randint(low, high, shape, device="cuda", dtype=torch.int8, generator=generator())
 
 
 def activations(M: int, K: int) -> torch.Tensor:
-    return torch.randn(M, K, device="cuda", dtype=torch.float16)
+    return torch.randn(M, K, device="cuda", dtype=torch.float16, generator=generator())
 
 
 def fp16(linear: Linear, M: int) -> list[Call]:

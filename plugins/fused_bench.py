@@ -10,7 +10,7 @@ from torch.nn.functional import rms_norm, silu
 
 from pq_export.hadamard import HadamardTransform
 from pq_export.plugins.abi import Type
-from pq_export.plugins.contestants import SPREAD, activations
+from pq_export.plugins.contestants import SPREAD, activations, generator
 from pq_export.plugins.library import Library
 from pq_export.plugins.reference import online_hadamard
 from pq_export.plugins.shapes import Shape
@@ -66,7 +66,7 @@ def _row(what: str, shape: Shape, M: int, works: dict[str, Work], gemm: float | 
 
 
 def _norm(library: Library, K: int, M: int, packed: Type) -> dict[str, Work]:
-    x, gain = activations(M, K), torch.rand(K, device="cuda")
+    x, gain = activations(M, K), torch.rand(K, device="cuda", generator=generator())
     half, codes = gain.half(), library.quantize(x, SCALE, BITS, packed)
 
     def producer() -> torch.Tensor:

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 
 from pq_export import quantizer
+from pq_export.errors import PqExportError
 from pq_export.hadamard import hadamard_factors
 from pq_export.plugins.abi import Type
 from pq_export.plugins.layouts import pack_rows
+
+SMALLEST_RIGHT = 4  # kMinRight of silu_hadamard.cu
 
 NUMPY_TYPES = {
     Type.F16: np.dtype(np.float16),
@@ -156,10 +159,17 @@ def online_hadamard(order: int) -> OnlineHadamard:
     """R4 for an intermediate size.
 
     All powers of two go to the right, where the kernel's transform is a fast one. The kernel divides by sqrt(order)
-    always; where the construction is 'block', whose norm is smaller, ``left`` takes that back.
+    always; where the construction is 'block', whose norm is smaller, ``left`` takes that back. Raises
+    :class:`PqExportError` where that power of two is smaller than the kernel's.
     """
     factors = hadamard_factors(order)
     factors = replace(factors, left_order=factors.core)
+    if factors.right_order < SMALLEST_RIGHT:
+        raise PqExportError(
+            f"R4 of size {order} is {factors.left_order} x {factors.right_order}, and the "
+            f"kernel needs a power of two of at least {SMALLEST_RIGHT} on the right",
+            cure="Use --rotate offline.",
+        )
     left = np.ascontiguousarray(factors.left().T, dtype=np.float32)
     if factors.construction == "block":
         left *= np.float32(np.sqrt(factors.core))

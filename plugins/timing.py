@@ -38,10 +38,10 @@ class Work:
 def time_by_turns(works: dict[str, Work], rounds: int = ROUNDS) -> tuple[dict[str, float], dict[str, str]]:
     """Median microseconds of a call, and why a work could not run. One round replays every graph once."""
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
-    failed = {}
+    failed, pool = {}, torch.cuda.graph_pool_handle()  # one for all: nothing reads later what a graph allocates
     for name, work in works.items():
         try:
-            graphs[name] = _captured(work)
+            graphs[name] = _captured(work, pool)
         except CANNOT as error:
             failed[name] = first_line(error)
             torch.cuda.synchronize()
@@ -62,7 +62,7 @@ def time_by_turns(works: dict[str, Work], rounds: int = ROUNDS) -> tuple[dict[st
     return times, failed
 
 
-def _captured(work: Work) -> tuple[torch.cuda.CUDAGraph, int]:
+def _captured(work: Work, pool: Any) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of the calls, repeated in turn, and how many there are in it."""
     copies = len(work.calls)
     count = min(math.ceil(GRAPH_US / work.floor_us), MAX_CALLS)
@@ -73,7 +73,7 @@ def _captured(work: Work) -> tuple[torch.cuda.CUDAGraph, int]:
     with torch.cuda.stream(stream):
         work.calls[0]()  # what a library sets up at its first call
         stream.synchronize()
-        graph.capture_begin(pool=_pool())
+        graph.capture_begin(pool=pool)
         try:
             for i in range(count):
                 work.calls[i % copies]()
@@ -86,12 +86,6 @@ def _captured(work: Work) -> tuple[torch.cuda.CUDAGraph, int]:
 def _stream() -> torch.cuda.Stream:
     """One for all captures: cuBLAS keeps a workspace for each stream that it has seen."""
     return torch.cuda.Stream()
-
-
-@functools.cache
-def _pool() -> Any:
-    """Memory of what is allocated inside graphs; they run one after the other and nothing reads it afterwards."""
-    return torch.cuda.graph_pool_handle()
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from pq_export.calib.checkpoint import load_checkpoint
+from pq_export.calib.checkpoint import full_logits, load_checkpoint
+from pq_export.calib.outliers import compute_prefix_kv
 from pq_export.calib.pipeline import calibrate
 from pq_export.calibration import Calibration
+from pq_export.decoder import Decoder
 from pq_export.plan import Plan
 from pq_export.simulate import simulated_decoder
 from pq_export.stages import Stages
+from tests.tiny_blocks import random_ids
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+UNSEEN = random_ids(64, 24, seed=5)
 SEARCH = ("clip_search", {})
 GPTQ = (SEARCH, ("gptq", {}), ("clip_search", {"weights": False, "kv": False}))
 TUNED = (
@@ -48,25 +52,33 @@ def equal_codes(a: Calibration, b: Calibration) -> float:
     return sum((x == y).sum() for x, y in pairs) / sum(x.size for x, _ in pairs)
 
 
-@pytest.mark.parametrize("name", ["w4a4", "w8a8", "w4a16"])
-def test_search_gives_what_the_cpu_gives(run: Callable[..., Calibration], name: str) -> None:
-    cpu, gpu = run("cpu", (SEARCH,), name), run("cuda", (SEARCH,), name)
-    assert equal_codes(cpu, gpu) > 0.999
-    assert cpu.activation_scales == pytest.approx(gpu.activation_scales, rel=1e-4)
-    for site, scales in cpu.kv_scales.items():
-        assert scales == pytest.approx(gpu.kv_scales[site], rel=1e-4)
+def error(calibration: Calibration, original: Decoder) -> float:
+    """Mean KL(floating point ‖ quantized) of the next-token distributions."""
+    expected, actual = (full_logits(d, UNSEEN).log_softmax(-1) for d in (original, simulated_decoder(calibration)))
+    return (expected.exp() * (expected - actual)).sum(-1).mean().item()
 
 
-def test_gptq_gives_what_the_cpu_gives(run: Callable[..., Calibration]) -> None:
-    """A tie that falls otherwise changes the columns after it, so the model is compared, not only the codes."""
-    cpu, gpu = run("cpu", GPTQ), run("cuda", GPTQ)
-    assert equal_codes(cpu, gpu) > 0.97
-    ids = torch.arange(24)[None] + 3
-    outputs = []
-    for calibration in (cpu, gpu):
-        decoder = simulated_decoder(calibration)
-        outputs.append(decoder(ids, torch.ones_like(ids), torch.arange(24)[None], decoder.empty_past(1))[0])
-    assert torch.nn.functional.cosine_similarity(outputs[0].flatten(), outputs[1].flatten(), 0) > 0.98
+# A search takes the factor with the smallest error of a few, and one step of a tiny model's scale is a third of another:
+# weights disturbed by 1e-7 on one and the same CPU leave 0.988 of W4A4's codes and 0.67 behind GPTQ. So what must agree
+# is what comes before the first choice, and how good the model is.
+@pytest.mark.parametrize(
+    ("name", "steps", "share"),
+    [("w4a4", (SEARCH,), 0.96), ("w8a8", (SEARCH,), 0.98), ("w4a16", (SEARCH,), 0.98), ("w4a4", GPTQ, 0.5)],
+    ids=["w4a4", "w8a8", "w4a16", "gptq"],
+)
+def test_calibration_gives_what_the_cpu_gives(
+    run: Callable[..., Calibration], checkpoint_dir: Callable[[str], Path], name: str, steps: Any, share: float
+) -> None:
+    cpu, gpu = run("cpu", steps, name), run("cuda", steps, name)
+    assert cpu.prefix == gpu.prefix and cpu.rotation == gpu.rotation
+    for tensor in (tensor for tensor in cpu.tensors if ".prefix." in tensor or "norm" in tensor):
+        np.testing.assert_allclose(cpu.tensors[tensor], gpu.tensors[tensor], rtol=2e-3, atol=2e-3)  # FP16
+    assert equal_codes(cpu, gpu) > share
+    original = load_checkpoint(str(checkpoint_dir("llama"))).decoder
+    with torch.no_grad():
+        original.set_prefix(compute_prefix_kv(original, cpu.prefix.token_ids))
+        ours, theirs = error(gpu, original), error(cpu, original)
+    assert ours == pytest.approx(theirs, rel=0.25)
 
 
 @pytest.mark.parametrize("steps", [GPTQ, TUNED], ids=["gptq", "tuned"])

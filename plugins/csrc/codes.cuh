@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common.cuh"
+#include "overlap.cuh"
 
 namespace pq {
 
@@ -120,11 +121,19 @@ __device__ __forceinline__ void encode(float (&v)[kUnitValues], const float* shi
     codes.store(at, c);
 }
 
+// How a quantizer's kernel begins: it is on its SMs when the kernel before it ends, and lets the next one, which may
+// have weights to load, do the same.
+__device__ __forceinline__ void take_turn() {
+    let_next_kernel_start();
+    wait_for_previous_kernels();
+}
+
 // Codes of Source's values: a thread takes every so-many-th unit of the whole tensor. Source::Loaded is what is loaded
 // for a unit, Source::values makes eight fp32 of it.
 template <typename Source>
 __global__ void __launch_bounds__(256)
     elementwise_kernel(const Source source, const float* shift, const Coder coder, const Codes codes, int M, int K) {
+    take_turn();
     const int units = K / kUnitValues, threads = gridDim.x * blockDim.x;
     const int first = blockIdx.x * blockDim.x + threadIdx.x;
     const int row_step = threads / units, unit_step = threads % units;
@@ -163,6 +172,9 @@ pq_status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, in
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attribute = start_early_attribute();
+    config.attrs = &attribute;
+    config.numAttrs = may_start_early(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
     return status_of(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float(float v) { return __float2bf
 template <int kUnitOf, typename T>
 __device__ __forceinline__ float result(const Gemm& p, int acc, int m, int n, float scale, float bias) {
     float v = dequantize<kUnitOf>(acc, scale);
-    if (p.row_scale) v = __fmul_rn(v, __ldg(p.row_scale + m));
+    if (p.row_scale) v = __fmul_rn(v, p.row_scale[m]);  // no __ldg: see overlap.cuh
     v = __fadd_rn(v, bias);
     if (p.residual) v = __fadd_rn(v, to_float(static_cast<const T*>(p.residual)[static_cast<size_t>(m) * p.N + n]));
     return v;
@@ -130,17 +130,21 @@ __device__ __forceinline__ int thread_index() {
 }
 
 // ---- What a family of kernels offers to the dispatcher (dispatch.cu). Ids are ranges of 100 a family. -----------
+struct Guess {
+    int id;
+    double us;  // that a call should take, fitted to an H100: ranks variants, of several families where all were fitted
+};
 struct Family {
     const char* name;
     int first_id;
-    // Ids of variants for a problem on compute capability `sm` (e.g. 86), best first; returns how many.
-    int (*variants)(int sm, int layout, int x_type, int M, int N, int K, int* ids, int capacity);
+    // Variants for a problem on compute capability `sm` (e.g. 86), best first; returns how many.
+    int (*variants)(int sm, int layout, int x_type, int M, int N, int K, Guess* guesses, int capacity);
     const char* (*variant_name)(int id);
     size_t (*workspace)(int id, int layout, int M, int N, int K);
     pq_status (*launch)(int id, const Gemm& problem, int layout, int x_type, cudaStream_t stream);
 };
 const Family& decode_family();   // 100..199, decode.cu:      M <= 16, every GPU
-const Family& mma_family();      // 200..299, gemm_mma.cu:    mma.sync, every GPU (s4 on sm_80..89, s8 with unpack elsewhere)
+const Family& mma_family();      // 200..299, gemm_mma.cu:    mma.sync, every GPU (s4 on sm_80..89, s8 elsewhere)
 const Family& wgmma_family();    // 300..399, gemm_sm90.cu:   wgmma, sm_90a
 
 }  // namespace pq

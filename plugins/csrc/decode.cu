@@ -31,9 +31,6 @@ constexpr Variant kVariants[] = {
     {2, 16, 1, 4, "decode 32 rows 16 warps share 4"},
     {4, 16, 1, 2, "decode 64 rows 16 warps share 2"},
     {4, 16, 1, 4, "decode 64 rows 16 warps share 4"},
-    {4, 16, 2, 2, "decode 64 rows 16 warps split 2 share 2"},
-    {4, 16, 2, 4, "decode 64 rows 16 warps split 2 share 4"},
-    {4, 16, 4, 2, "decode 64 rows 16 warps split 4 share 2"},
 };
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
@@ -81,8 +78,7 @@ bool make_plan(const Device& device, const Variant& v, int M, int N, int K, Laun
     plan.log_splits = log2(v.splits);
     plan.log_channels = log2(Shape::kChannels) - plan.log_splits;
     plan.sharers = v.sharers;
-    plan.share_mask = 0;
-    for (int i = 0; v.sharers > 1 && i < v.sharers; ++i) plan.share_mask |= 1 << i * v.splits;
+    plan.share_mask = v.sharers > 1 ? (1 << v.sharers) - 1 : 0;  // no variant has both slices and sharers
     const int steps = (plan.tiles + Shape::kStepTiles - 1) / Shape::kStepTiles;
     plan.slice_steps = (steps + v.splits - 1) / v.splits;
     plan.batches = (plan.slice_steps + Shape::kBatchSteps - 1) / Shape::kBatchSteps;
@@ -137,18 +133,19 @@ int resident_clusters(const Device& device, const cudaLaunchConfig_t& config) {
     return clusters;
 }
 
-// The plan and the launch's configuration, in which `cluster` is the attribute; false as make_plan.
+// The plan and the launch's configuration, which points to `attributes`; false as make_plan.
 template <typename Shape>
 bool configure(const Device& device, const Variant& v, int M, int N, int K, Launch& launch, cudaLaunchConfig_t& config,
-               cudaLaunchAttribute& cluster) {
+               cudaLaunchAttribute (&attributes)[2]) {
     if (!make_plan<Shape>(device, v, M, N, K, launch)) return false;
     config.blockDim = dim3(launch.threads);
     config.dynamicSmemBytes = launch.shared_bytes;
     const int ctas = v.splits * v.sharers;
+    config.attrs = attributes;
     if (ctas > 1) {
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = ctas, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-        config.attrs = &cluster, config.numAttrs = 1;
+        attributes[0].id = cudaLaunchAttributeClusterDimension;
+        attributes[0].val.clusterDim.x = ctas, attributes[0].val.clusterDim.y = 1, attributes[0].val.clusterDim.z = 1;
+        config.numAttrs = 1;
         config.gridDim = dim3(ctas);
         launch.resident = resident_clusters<Shape>(device, config);
     }
@@ -157,21 +154,35 @@ bool configure(const Device& device, const Variant& v, int M, int N, int K, Laun
     return true;
 }
 
-// What a variant takes beyond streaming the weights, in microseconds of an H100 (fitted to timings there): copying x
-// out of L2, a last round that leaves multiprocessors idle, results finished one after another, longer sums and
-// barriers of more warps, clusters that meet.
-double extra_time(const Device& device, const Variant& v, const Launch& launch, int M) {
+// Microseconds that a call takes, fitted to 380 timings on an H100 of calls that follow each other and start early
+// (overlap.cuh), which makes two things cheaper than they look: CTAs that end before the busiest ones leave room for
+// the next call's, and weights of a small matrix fit into the rings, so that a call is bound by what cannot overlap.
+double predicted_us(const Device& device, const Variant& v, const Launch& launch, int M) {
+    constexpr double kStart = 0.27, kChain = 3.25;            // the latter: from x's being there to y's
+    constexpr double kMemory = 3.3, kMultiprocessor = 0.037;  // TB/s of the weights: of all, of one multiprocessor
+    constexpr double kUneven = 0.78;   // of the time that the busiest CTA has more to do than the average
+    constexpr double kOverlap = 0.09;  // of what is not the bottleneck
     const DecodePlan& plan = launch.plan;
-    const double turns = static_cast<double>(plan.groups) / (launch.clusters * v.sharers), channels = 16.0 * v.rows;
-    const double copies = plan.chunks > 1 ? turns : 1.0;
-    const double x_megabytes =
-        copies * launch.clusters * M * plan.x_bytes * 1e-6;  // each cluster reads all of x's columns once
-    const int in_last_round = plan.groups % (launch.resident * v.sharers) * v.splits;
-    const bool idle = in_last_round > 0 && in_last_round * 2 <= device.sms * (16 / v.warps);
-    const double group_megabytes = 1e-6 * v.rows * plan.tiles * kTileBytes / v.splits;
-    return 0.24 * x_megabytes + (idle ? 4.3 * group_megabytes * 8 / v.warps : 0.0) +
-           0.3 * turns * M * channels / (launch.threads * v.splits) + (v.warps == 16 ? 0.7 : 0.0) +
-           (v.splits > 1 ? 1.1 + 0.12 * v.splits * turns : 0.0);
+    const int at_once = launch.clusters * v.sharers, turns = (plan.groups + at_once - 1) / at_once;
+    const int each = (at_once * v.splits + device.sms - 1) / device.sms;  // CTAs of the busiest multiprocessor
+    const double tile_megabytes = 1e-6 * plan.tiles * kTileBytes, megabytes = tile_megabytes * plan.row_tiles;
+    // Clusters of four leave multiprocessors out.
+    const double all = megabytes / kMemory * (v.sharers == 4 ? 1.055 : 1.0);
+    const double average = megabytes / device.sms / kMultiprocessor;
+    const double busiest = tile_megabytes * v.rows / v.splits * turns * each / kMultiprocessor;
+    const double one = average + kUneven * (busiest - average);
+    const double most = std::max({all, one, kChain});
+    const double stream = most + kOverlap * (all + one + kChain - most);
+
+    // Each cluster reads all of x's columns out of L2, once or, if they do not fit into shared memory, for every group.
+    const double copies = plan.chunks > 1 ? static_cast<double>(plan.groups) / at_once : 1.0;
+    const double copy_x = 0.155e-6 * copies * launch.clusters * M * plan.x_bytes;
+    const double copying_threads = v.sharers > 1 ? 0.0 : v.warps == 16 ? 0.22 : 0.35;  // which the copy engine spares
+    const double results = 16.0 * v.rows * M;
+    const double finish = 0.06 * turns * results / (launch.threads * v.splits);
+    const double meet = v.splits > 1 ? 0.43 + turns * (0.086 * v.splits + 0.00032 * results) : 0.0;
+    const double two_products = M > 8 ? 0.68 : 0.0;
+    return kStart + stream + copy_x + copying_threads + finish + meet + two_products + (v.rows == 4 ? 0.47 : 0.0);
 }
 
 // Calls f with the shape of a variant's kernel.
@@ -207,27 +218,24 @@ bool good_shape(int M, int N, int K) {
     return M >= 1 && M <= kMaxTokens && N >= 1 && K >= 32 && K % 32 == 0 && K < kMaxK;
 }
 
-int variants(int sm, int layout, int x_type, int M, int N, int K, int* ids, int capacity) {
+int variants(int sm, int layout, int x_type, int M, int N, int K, Guess* guesses, int capacity) {
     Device device;
     if (!takes(layout, x_type) || !good_shape(M, N, K) || !current_device(device)) return 0;
-    int found[kVariantCount], count = 0;
-    double cost[kVariantCount];
+    Guess ranked[kVariantCount];
+    int count = 0;
     for (int i = 0; i < kVariantCount; ++i) {
         const Variant& v = kVariants[i];
         if (!serves(v, M, sm / 10)) continue;
         Launch launch{};
         const bool fits = with_shape(v, layout, M, [&](auto shape) {
             cudaLaunchConfig_t config{};
-            cudaLaunchAttribute cluster{};
-            return configure<decltype(shape)>(device, v, M, N, K, launch, config, cluster);
+            cudaLaunchAttribute attributes[2] = {};
+            return configure<decltype(shape)>(device, v, M, N, K, launch, config, attributes);
         });
-        if (!fits) continue;
-        // Sharing x comes last, whatever it should save, until a GPU has run and timed it.
-        cost[i] = extra_time(device, v, launch, M) + (v.sharers > 1 ? 1e6 : 0.0);
-        found[count++] = i;
+        if (fits) ranked[count++] = {kFirstId + i, predicted_us(device, v, launch, M)};
     }
-    std::sort(found, found + count, [&](int a, int b) { return cost[a] != cost[b] ? cost[a] < cost[b] : a < b; });
-    for (int i = 0; i < std::min(count, capacity); ++i) ids[i] = kFirstId + found[i];
+    std::stable_sort(ranked, ranked + count, [](const Guess& a, const Guess& b) { return a.us < b.us; });
+    std::copy_n(ranked, std::min(count, capacity), guesses);
     return count;
 }
 
@@ -249,13 +257,15 @@ pq_status launch(int id, const Gemm& problem, int layout, int x_type, cudaStream
     return with_shape(*v, layout, problem.M, [&](auto shape) {
         Launch launch{};
         cudaLaunchConfig_t config{};
-        cudaLaunchAttribute cluster{};
+        cudaLaunchAttribute attributes[2] = {};
         using Shape = decltype(shape);
-        if (!configure<Shape>(device, *v, problem.M, problem.N, problem.K, launch, config, cluster))
+        if (!configure<Shape>(device, *v, problem.M, problem.N, problem.K, launch, config, attributes))
             return PQ_BAD_VARIANT;
         const cudaError_t allowed = allow_shared<Shape>(config.dynamicSmemBytes);
         if (allowed != cudaSuccess) return status_of(allowed);
         config.stream = stream;
+        if (may_start_early(reinterpret_cast<const void*>(decode_kernel<Shape>)))
+            attributes[config.numAttrs++] = start_early_attribute();
         launch.plan.coder = Coder::of(problem.y_scale, problem.y_bits);
         return status_of(cudaLaunchKernelEx(&config, decode_kernel<Shape>, problem, launch.plan));
     });

@@ -13,9 +13,13 @@
 // (measured on an H100: 0.24 us for each MB that all CTAs together copy out of L2). So on sm_90 and later there are
 // shapes whose CTAs share what they copy in a cluster, each some rows, multicast to all; the copy engine then reports x
 // piece by piece to the slots that multiply it.
+//
+// There, too, the next kernel is let in early (overlap.cuh). Where it is another of these, its rings are full when x
+// comes: the weights of one call stream through the sums and the stores of the one before.
 #pragma once
 
 #include "codes.cuh"
+#include "overlap.cuh"
 #include "sm90.cuh"
 
 namespace pq {
@@ -110,6 +114,8 @@ __device__ __forceinline__ void cluster_started() { asm volatile("barrier.cluste
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;\n" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory"); }
 
+__device__ __forceinline__ void prefetch(const float* at) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(at)); }
+
 // `remote`: from address_in.
 __device__ __forceinline__ void store_remote(uint32_t remote, const int4& v) {
     asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(remote), "r"(v.x), "r"(v.y), "r"(v.z),
@@ -202,6 +208,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
     constexpr int kUnitOf = kUnit<Shape::kLayout>;
     extern __shared__ __align__(16) unsigned char shared[];
 
+    let_next_kernel_start();
     const int splits = 1 << plan.log_splits, slice = blockIdx.x & (splits - 1), sharer = blockIdx.x >> plan.log_splits;
     const int first_group = blockIdx.y * plan.sharers + sharer, group_step = gridDim.y * plan.sharers;
     const int row = threadIdx.x / 32 % kRows, along_k = threadIdx.x / 32 / kRows;
@@ -237,6 +244,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
 #pragma unroll
     for (int slot = 0; slot < Shape::kDepth; ++slot) fill(slot);
 
+    // The channel of a group that this thread finishes.
+    const auto channel_of = [&](int group) {
+        return group * kChannels + (slice << plan.log_channels) + (thread_index() & ((1 << plan.log_channels) - 1));
+    };
     const int pieces = kCanShare ? plan.pieces : 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     if (pieces) {
@@ -248,7 +259,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (gridDim.x > 1) cluster_started();  // waited for before the first access to another CTA
+    if (const int n = channel_of(first_group); n < p.N && p.y_type != PQ_S32) {
+        prefetch(p.scale + n);  // loads would occupy registers that the ring needs
+        if (p.bias) prefetch(p.bias + n);
+    }
 #endif
+    wait_for_previous_kernels();  // weights and scales are constants; x, row scales, residual and y are not
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     if (pieces) {
         cluster_wait();
@@ -298,9 +314,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
     [[maybe_unused]] int turn = 0;  // of the slices' buffers
     // All CTAs of a cluster take as many turns, if some only for company: they meet at every one.
     for (int group = first_group; group - sharer < plan.groups; group += group_step) {
-        // The channel that this thread finishes.
-        const int own = (slice << plan.log_channels) + (threadIdx.x & ((1 << plan.log_channels) - 1));
-        Channel channel = {group * kChannels + own, 0.0f, -0.0f};
+        Channel channel = {channel_of(group), 0.0f, -0.0f};
         if (channel.n < p.N && p.y_type != PQ_S32) {
             channel.scale = load_early(p.scale + channel.n);
             if (p.bias) channel.bias = load_early(p.bias + channel.n);
@@ -367,6 +381,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
             }
         __syncthreads();
 
+        const int own = (slice << plan.log_channels) + (thread & ((1 << plan.log_channels) - 1));
         // Where a token's sums lie, their parts apart by part_stride: this CTA's warps' sums, or the slices'.
         const int* parts = sums + own / 16 * (kTokens * kSumStride) + own % 16;
         int part_count = Shape::kAlongK, part_stride = kRows * kTokens * kSumStride, token_stride = kSumStride;

@@ -37,12 +37,21 @@ const Family* family_of(int id) {
     return nullptr;
 }
 
-// The families for a problem, best first: decode's streaming kernels for a few tokens, Hopper's own, the portable ones.
-int families_for(int sm, int M, const Family* (&families)[3]) {
+constexpr int kMaxVariants = 3 * kFamilyIds;
+
+// Ids of all variants for a problem, best first; returns how many. Decode's streaming kernels are for a few tokens,
+// Hopper's own for more; between the two the predicted times decide, and the portable kernels come last.
+int ranked_variants(int sm, int layout, int x_type, int M, int N, int K, int (&ids)[kMaxVariants]) {
+    Guess guesses[kMaxVariants];
     int count = 0;
-    if (M <= 16) families[count++] = &decode_family();
-    if (sm == 90) families[count++] = &wgmma_family();
-    families[count++] = &mma_family();
+    const auto add = [&](const Family& family) {
+        count += family.variants(sm, layout, x_type, M, N, K, guesses + count, kFamilyIds);
+    };
+    if (M <= 16) add(decode_family());
+    if (sm == 90) add(wgmma_family());
+    std::stable_sort(guesses, guesses + count, [](const Guess& a, const Guess& b) { return a.us < b.us; });
+    add(mma_family());
+    for (int i = 0; i < count; ++i) ids[i] = guesses[i].id;
     return count;
 }
 
@@ -133,13 +142,9 @@ int pq_gemm_variants(int layout, int x_type, int M, int N, int K, int* ids, int 
     if (pq::check_problem(layout, x_type, M, N, K) != PQ_OK) return 0;
     const int sm = pq::current_sm();
     if (sm == 0 || !pq::built_for_current_device()) return 0;
-    const pq::Family* families[3];
-    const int family_count = pq::families_for(sm, M, families), room = ids ? std::max(capacity, 0) : 0;
-    int count = 0;
-    for (int i = 0; i < family_count; ++i) {
-        const int written = std::min(count, room);
-        count += families[i]->variants(sm, layout, x_type, M, N, K, ids + written, room - written);
-    }
+    int found[pq::kMaxVariants];
+    const int count = pq::ranked_variants(sm, layout, x_type, M, N, K, found);
+    if (ids) std::copy_n(found, std::min(count, std::max(capacity, 0)), ids);
     return count;
 }
 
@@ -167,17 +172,12 @@ int pq_gemm(int variant, const void* x, int x_type, const void* w, int layout, c
     if (variant != -1) return pq::launch(variant, p, layout, x_type, workspace_bytes, on);
 
     // The first that this workspace and this build allow: every family has variants that need no workspace.
-    const int sm = pq::current_sm();
-    const pq::Family* families[3];
-    const int family_count = pq::families_for(sm, M, families);
+    int ids[pq::kMaxVariants];
+    const int count = pq::ranked_variants(pq::current_sm(), layout, x_type, M, N, K, ids);
     pq_status status = PQ_NOT_BUILT;
-    for (int i = 0; i < family_count; ++i) {
-        int ids[pq::kFamilyIds];
-        const int count = families[i]->variants(sm, layout, x_type, M, N, K, ids, pq::kFamilyIds);
-        for (int j = 0; j < count; ++j) {
-            status = pq::launch(ids[j], p, layout, x_type, workspace_bytes, on);
-            if (status != PQ_SMALL_WORKSPACE && status != PQ_NOT_BUILT) return status;
-        }
+    for (int i = 0; i < count; ++i) {
+        status = pq::launch(ids[i], p, layout, x_type, workspace_bytes, on);
+        if (status != PQ_SMALL_WORKSPACE && status != PQ_NOT_BUILT) return status;
     }
     return status;
 }

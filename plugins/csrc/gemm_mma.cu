@@ -78,6 +78,8 @@ int parts_of(int id, int layout, int K) {
 
 bool known(int id) { return id >= kFirstId && id < kFirstId + kTiles * kSplits; }
 
+constexpr double kClocksPerUs = 1700;
+
 // Clocks that a problem takes, as far as that ranks variants.
 double cost(const Variant& v, int parts, int sm, int sms, int layout, int M, int N, int K) {
     // What an SM does in a clock: int8 m16n8k32 and int4 m16n8k64 occupy a quarter's tensor cores for 8 clocks, on
@@ -105,15 +107,12 @@ double cost(const Variant& v, int parts, int sm, int sms, int layout, int M, int
     return main + epilogue + reduction;
 }
 
-int variants(int sm, int layout, int x_type, int M, int N, int K, int* ids, int capacity) {
+int variants(int sm, int layout, int x_type, int M, int N, int K, Guess* guesses, int capacity) {
     if (sm < 80 || (x_type == PQ_S4) != (layout == PQ_LAYOUT_S4)) return 0;
     int device = 0, sms = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    struct Ranked {
-        double cost;
-        int id;
-    } ranked[kTiles * kSplits];
+    Guess ranked[kTiles * kSplits];
     int count = 0;
     for (int id = kFirstId; known(id); ++id) {
         const Variant& v = kVariants[(id - kFirstId) / kSplits];
@@ -121,10 +120,10 @@ int variants(int sm, int layout, int x_type, int M, int N, int K, int* ids, int 
         const int token_tiles = ceil_div(M, v.tokens);
         const bool idle = static_cast<double>(token_tiles) * ceil_div(N, v.channels) < 2.0 * sms;
         if (wanted > 1 && (parts != wanted || !idle || token_tiles > split_token_tiles(v, parts, N))) continue;
-        ranked[count++] = {cost(v, parts, sm, sms, layout, M, N, K), id};
+        ranked[count++] = {id, cost(v, parts, sm, sms, layout, M, N, K) / kClocksPerUs};
     }
-    std::stable_sort(ranked, ranked + count, [](const Ranked& a, const Ranked& b) { return a.cost < b.cost; });
-    for (int i = 0; i < count && i < capacity; ++i) ids[i] = ranked[i].id;
+    std::stable_sort(ranked, ranked + count, [](const Guess& a, const Guess& b) { return a.us < b.us; });
+    std::copy_n(ranked, std::min(count, capacity), guesses);
     return count;
 }
 

@@ -1,7 +1,6 @@
 // The Hopper prefill GEMM, host side: its variants, which of them suits a problem, and how to launch one.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 
 #include "gemm_sm90.cuh"
 
@@ -20,17 +19,26 @@ struct Variant {
 #define PQ_VARIANT(tokens, x, w, k) \
     {tokens, x, w, k, "sm90 wgmma 128x" #tokens "x128, cluster of " #x " x " #w ", k split " #k}
 constexpr Variant kVariants[] = {
-    PQ_VARIANT(256, 2, 1, 1), PQ_VARIANT(256, 1, 1, 1), PQ_VARIANT(256, 1, 1, 2), PQ_VARIANT(128, 2, 1, 1),
-    PQ_VARIANT(128, 1, 1, 1), PQ_VARIANT(128, 1, 2, 1), PQ_VARIANT(128, 2, 2, 1), PQ_VARIANT(128, 4, 1, 1),
-    PQ_VARIANT(128, 1, 1, 2), PQ_VARIANT(128, 1, 1, 4), PQ_VARIANT(64, 1, 1, 1),  PQ_VARIANT(64, 2, 1, 1),
-    PQ_VARIANT(64, 1, 2, 1),  PQ_VARIANT(64, 4, 1, 1),  PQ_VARIANT(64, 1, 1, 2),  PQ_VARIANT(64, 1, 1, 4),
-    PQ_VARIANT(64, 1, 1, 8),  PQ_VARIANT(32, 1, 1, 1),  PQ_VARIANT(32, 2, 1, 1),  PQ_VARIANT(32, 1, 1, 2),
-    PQ_VARIANT(32, 1, 1, 4),  PQ_VARIANT(32, 1, 1, 8),  PQ_VARIANT(16, 1, 1, 1),  PQ_VARIANT(16, 1, 1, 2),
-    PQ_VARIANT(16, 1, 1, 4),  PQ_VARIANT(16, 1, 1, 8),
+    PQ_VARIANT(256, 2, 1, 1), PQ_VARIANT(256, 1, 1, 1), PQ_VARIANT(128, 1, 1, 1), PQ_VARIANT(128, 2, 1, 1),
+    PQ_VARIANT(128, 1, 2, 1), PQ_VARIANT(128, 2, 2, 1), PQ_VARIANT(128, 4, 1, 1), PQ_VARIANT(128, 1, 1, 2),
+    PQ_VARIANT(128, 1, 1, 3), PQ_VARIANT(128, 1, 1, 4), PQ_VARIANT(64, 1, 1, 1),  PQ_VARIANT(64, 2, 1, 1),
+    PQ_VARIANT(64, 1, 2, 1),  PQ_VARIANT(64, 4, 1, 1),  PQ_VARIANT(64, 1, 1, 2),  PQ_VARIANT(64, 1, 1, 3),
+    PQ_VARIANT(64, 1, 1, 4),  PQ_VARIANT(64, 2, 1, 2),  PQ_VARIANT(32, 1, 1, 1),  PQ_VARIANT(32, 2, 1, 1),
+    PQ_VARIANT(32, 1, 1, 2),  PQ_VARIANT(32, 1, 1, 3),  PQ_VARIANT(32, 1, 1, 4),  PQ_VARIANT(32, 1, 1, 8),
+    PQ_VARIANT(16, 1, 1, 1),  PQ_VARIANT(16, 1, 1, 2),  PQ_VARIANT(16, 1, 1, 3),  PQ_VARIANT(16, 1, 1, 4),
+    PQ_VARIANT(16, 1, 1, 8),
 };
 #undef PQ_VARIANT
 constexpr int kCount = sizeof(kVariants) / sizeof(kVariants[0]);
 static_assert(kCount <= 100);
+
+constexpr bool sums_fit() {
+    for (const Variant& v : kVariants) {
+        if (v.k_split > kMaxSplit || receive_bytes(v.tokens, v.k_split) > receive_capacity(v.tokens)) return false;
+    }
+    return true;
+}
+static_assert(sums_fit());
 
 struct Kernel {
     const void* function;
@@ -62,20 +70,26 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 bool fits(const Variant& v, int K) { return v.k_split <= ceil_div(K, kDepth); }
 
-cudaLaunchConfig_t launch_config(const Variant& v, const Kernel& k, int clusters, cudaLaunchAttribute* attribute) {
-    attribute->id = cudaLaunchAttributeClusterDimension;
-    attribute->val.clusterDim = {static_cast<unsigned>(v.cluster()), 1, 1};
+// The attributes live with the configuration that points to them.
+struct LaunchConfig {
+    cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(clusters * v.cluster());
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = k.shared_bytes;
-    config.attrs = attribute;
-    config.numAttrs = 1;
-    return config;
-}
 
-// How many clusters of a variant the current device holds at a time; 0: the library has no code of it.
-// A first call makes the kernel ready (code loaded, shared memory allowed), later ones only look it up.
+    LaunchConfig(const Variant& v, const Kernel& k, int clusters) {
+        attributes[0].id = cudaLaunchAttributeClusterDimension;
+        attributes[0].val.clusterDim = {static_cast<unsigned>(v.x_share), static_cast<unsigned>(v.w_share),
+                                        static_cast<unsigned>(v.k_split)};
+        attributes[1] = start_early_attribute();
+        config.gridDim = dim3(v.x_share * clusters, v.w_share, v.k_split);
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = k.shared_bytes;
+        config.attrs = attributes;
+        config.numAttrs = 2;
+    }
+};
+
+// How many clusters of a variant the current device holds at a time: 0 if the library has no code of this kernel for
+// it. A first call makes the kernel ready (code loaded, shared memory allowed); later ones only look it up.
 int resident_clusters(int index, int layout) {
     constexpr int kDevices = 16;
     static std::atomic<int> known[kDevices][2][kCount];  // 1 + the number; 0: not asked yet
@@ -91,46 +105,55 @@ int resident_clusters(int index, int layout) {
     int clusters = 0;
     if (cudaFuncGetAttributes(&attributes, k.function) == cudaSuccess && attributes.numRegs > kRegistersOfEmpty &&
         cudaFuncSetAttribute(k.function, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_bytes) == cudaSuccess) {
-        cudaLaunchAttribute attribute;
-        const cudaLaunchConfig_t config = launch_config(v, k, 1, &attribute);
-        if (cudaOccupancyMaxActiveClusters(&clusters, k.function, &config) != cudaSuccess) clusters = 0;
+        LaunchConfig query(v, k, 1);
+        query.config.numAttrs = 1;  // the cluster alone
+        if (cudaOccupancyMaxActiveClusters(&clusters, k.function, &query.config) != cudaSuccess) clusters = 0;
     }
     if (clusters == 0) cudaGetLastError();  // not an error of the caller
     if (slot) slot->store(clusters + 1);
     return clusters;
 }
 
-// Clocks that a variant takes. The constants are fitted to timings of all variants on an H100, from 4096 x 4096 to
-// 4096 x 28672 with 17 to 8,192 tokens: what this ranks first took 1.5 % longer than the fastest there on average, and
-// never over 10 %.
-double cost(const Variant& v, int resident, int layout, int M, int N, int K) {
-    constexpr double kLaunch = 3800, kShortestStep = 390, kStepOverhead = 32, kStorePerToken = 50, kSplit = 3000;
-    constexpr double kBytesPerClock = 1300;  // from HBM
-    const double steps = ceil_div(ceil_div(K, kDepth), v.k_split);
-    const double tiles = static_cast<double>(ceil_div(M, v.tokens * v.w_share)) * ceil_div(N, kChannels * v.x_share);
-    const double step = std::max(4 * v.tokens + kStepOverhead, kShortestStep);  // four clocks a token at the peak rate
-    const double tile = steps * step + kStorePerToken * v.tokens + (v.k_split > 1 ? kSplit : 0.0);
-    const double compute = std::ceil(tiles / resident) * tile;
-    const double memory = static_cast<double>(N) * K / (layout == PQ_LAYOUT_S8 ? 2 : 1) / kBytesPerClock;
-    return kLaunch + std::max(compute, memory) + 0.1 * std::min(compute, memory);
+// Steps of a CTA whose weights do not wait for the kernels before: all that its stages hold, a few or none. The
+// tokens' copies queue behind these, so that with many bytes of tokens a stage a few are better. Measured on an H100:
+// all stages instead of four save 0.1-1.8 us with 16 tokens; with 32, they save up to 1.1 us from 12 MB of weights on
+// and cost 0.3 us with 8 MB; with 64, they save 0.1 us at most and cost up to 0.5. With more tokens weights are not
+// what a call waits for.
+int early_steps(const Variant& v, int layout, int N, int K) {
+    const double megabytes = 1e-6 * N * K / (layout == PQ_LAYOUT_S8 ? 2 : 1);
+    if (v.tokens > 64) return 0;
+    return v.tokens == 16 || (v.tokens == 32 && megabytes > 10) ? INT32_MAX : 4;
 }
 
-int variants(int sm, int layout, int x_type, int M, int N, int K, int* ids, int capacity) {
+// Microseconds that a call takes, fitted to timings of all variants on an H100: what is first takes 2 % more than the
+// best at most up to 64 tokens, 7 % beyond.
+double predicted_us(const Variant& v, int resident, int layout, int M, int N, int K) {
+    constexpr double kMemory = 3.0, kFromL2 = 0.0617;  // TB/s: of the weights, of what one multiprocessor loads
+    constexpr double kChain = 3.25;                    // as decode's: small problems were not timed
+    const double steps = ceil_div(ceil_div(K, kDepth), v.k_split);
+    const double waves = ceil_div(ceil_div(M, v.tokens * v.w_share) * ceil_div(N, kChannels * v.x_share), resident);
+    const double w_bytes = kChannels * kDepth / (layout == PQ_LAYOUT_S8 ? 2 : 1), x_bytes = v.tokens * kDepth;
+    const double loads = 1e-6 * (w_bytes / v.w_share + x_bytes / v.x_share) / kFromL2;
+    const double step = std::max({0.002 * v.tokens, 0.178, loads}) + (v.x_share * v.w_share > 1 ? 0.043 : 0.0);
+    const double split = v.k_split > 1 ? 1.9 + 0.008 * v.tokens : 0.0;
+    const double main = waves * (steps * step + 0.002 * v.tokens + split);
+    const double weights = w_bytes / (kChannels * kDepth) * N * K * 1e-6 / kMemory;
+    // Weights that are loaded early overlap with the call before.
+    const bool early = early_steps(v, layout, N, K) > 0;
+    return (early ? 0.7 : 1.0) + std::max({main, weights, kChain}) + (early ? 0.11 : 0.25) * std::min(main, weights);
+}
+
+int variants(int sm, int layout, int x_type, int M, int N, int K, Guess* guesses, int capacity) {
     if (sm != 90 || x_type != PQ_S8 || (layout != PQ_LAYOUT_S8 && layout != PQ_LAYOUT_W8)) return 0;
-    double costs[kCount], lowest = 0;
-    int order[kCount], count = 0;
+    Guess ranked[kCount];
+    int count = 0;
     for (int i = 0; i < kCount; ++i) {
         const int resident = fits(kVariants[i], K) ? resident_clusters(i, layout) : 0;
         if (resident == 0) continue;
-        costs[i] = cost(kVariants[i], resident, layout, M, N, K);
-        lowest = count == 0 ? costs[i] : std::min(lowest, costs[i]);
-        order[count++] = i;
+        ranked[count++] = {kFirstId + i, predicted_us(kVariants[i], resident, layout, M, N, K)};
     }
-    // Who times variants should not have to time the hopeless.
-    const int* end = std::remove_if(order, order + count, [&](int i) { return costs[i] > 1.5 * lowest; });
-    count = static_cast<int>(end - order);
-    std::stable_sort(order, order + count, [&](int a, int b) { return costs[a] < costs[b]; });
-    for (int i = 0; i < std::min(count, capacity); ++i) ids[i] = kFirstId + order[i];
+    std::stable_sort(ranked, ranked + count, [](const Guess& a, const Guess& b) { return a.us < b.us; });
+    std::copy_n(ranked, std::min(count, capacity), guesses);
     return count;
 }
 
@@ -176,7 +199,8 @@ pq_status launch(int id, const Gemm& problem, int layout, int x_type, cudaStream
     if (resident == 0) return PQ_NOT_BUILT;
 
     CUtensorMap x_map, w_map;
-    // Weights: a row is a row of tiles, 16 channels over the whole K, in words of 8 bytes as a box has 256 at most.
+    // Weights: a row is a row of tiles, 16 channels over the whole K, in words of 8 bytes since a box is 256 words at
+    // most.
     const int row_tile_bytes = layout == PQ_LAYOUT_S8 ? 1024 : 2048;
     const cuuint64_t w_row_bytes = static_cast<cuuint64_t>(round_up(K, 64)) * row_tile_bytes / kDepth;
     if (!encode(&x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B, problem.x, K, M, K, kDepth,
@@ -186,20 +210,23 @@ pq_status launch(int id, const Gemm& problem, int layout, int x_type, cudaStream
         return PQ_CUDA_ERROR;
     }
 
-    Launch args = {problem, v.x_share, v.w_share, v.k_split};
+    Launch args = {problem, 1.0f / problem.y_scale, v.x_share, v.w_share, v.k_split};
+    args.early_steps = early_steps(v, layout, N, K);
     args.tiles_m = ceil_div(M, v.tokens * v.w_share);
     args.tiles_n = ceil_div(N, kChannels * v.x_share);
-    args.k_steps = ceil_div(K, kDepth);
+    for (int i = 0; i <= v.k_split; ++i) {
+        args.first_step[i] = i * ceil_div(K, kDepth) / v.k_split;
+        args.first_block[i] = first_block(v.tokens, v.k_split, i);
+    }
     const int64_t tiles = static_cast<int64_t>(args.tiles_m) * args.tiles_n;
     if (tiles * v.cluster() > INT32_MAX) return PQ_BAD_SHAPE;
-    // A CTA that divides k stores through the memory of its stages, and so cannot go on to another tile.
+    // A CTA that divides k can receive the others' sums of one tile only.
     const int clusters = static_cast<int>(v.k_split > 1 ? tiles : std::min<int64_t>(tiles, resident));
     const Kernel k = kernel(layout, v.tokens);
-    cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config = launch_config(v, k, clusters, &attribute);
-    config.stream = stream;
+    LaunchConfig launch_config(v, k, clusters);
+    launch_config.config.stream = stream;
     void* arguments[] = {&x_map, &w_map, &args};
-    return cudaLaunchKernelExC(&config, k.function, arguments) == cudaSuccess ? PQ_OK : PQ_CUDA_ERROR;
+    return cudaLaunchKernelExC(&launch_config.config, k.function, arguments) == cudaSuccess ? PQ_OK : PQ_CUDA_ERROR;
 }
 
 }  // namespace

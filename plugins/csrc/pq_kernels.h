@@ -3,6 +3,10 @@
  * Pointers are device pointers. Nothing allocates, nothing synchronizes, everything runs on `stream`, and every
  * function returns a pq_status: PQ_OK, or what was wrong before anything was launched, or PQ_CUDA_ERROR.
  *
+ * From sm_90 on, kernels start before those ahead of them on the stream have ended (programmatic dependent launch) and
+ * read weights, scale, bias, gain, shift and left at once: nothing still in flight on the stream may write these. The
+ * rest, x, row_scale, residual, y and the workspace, keeps the stream's order.
+ *
  * Definition of the quantized linear (pq::QLinear), x [M, K], w [N, K], in integers exact:
  *
  *     acc[m, n] = sum_k x[m, k] * w[n, k]                                                 int32

@@ -48,6 +48,7 @@ template <typename T, int kUnits>
 __global__ void __launch_bounds__(1024)
     rmsnorm_kernel(const T* x, const T* residual, T* sum, const float* gain, float eps, const float* shift,
                    const Coder coder, const Codes codes, int M, int K) {
+    take_turn();
     const int m = blockIdx.x * blockDim.y + threadIdx.y, step = blockDim.x * kUnitValues;
     const int first = threadIdx.x * kUnitValues, end = m < M ? K : 0;
     const size_t row = static_cast<size_t>(m) * K;
@@ -108,6 +109,7 @@ constexpr float kSmallScale = 7.888609e-31f, kLift = 1.8446744e19f;  // 2^-100, 
 template <typename T, int kUnits>
 __global__ void __launch_bounds__(1024)
     dynamic_kernel(const T* x, float* row_scale, const Codes codes, int bits, int M, int K) {
+    take_turn();
     const int m = blockIdx.x * blockDim.y + threadIdx.y, step = blockDim.x * kUnitValues;
     const int first = threadIdx.x * kUnitValues, end = m < M ? K : 0;
     const size_t row = static_cast<size_t>(m) * K;

@@ -172,6 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     silu_hadamard_kernel(const SiluMul<T> source, const Hadamard hadamard, const float* shift, const Coder coder,
                          const Codes codes, int K) {
     extern __shared__ __align__(16) float tile[];
+    let_next_kernel_start();
     float* const staged = tile + K;
     const int m = blockIdx.x, log_right = hadamard.log_right;
 
@@ -180,6 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             cp_async_4(staged + i % hadamard.left_order * hadamard.staged_rows + i / hadamard.left_order,
                        hadamard.left + i);
     cp_async_commit();
+    wait_for_previous_kernels();
 
     // Several units a thread are on their way at once: with one token, their latency is most of the kernel's time.
     constexpr int kAhead = sizeof(T) == 2 ? 4 : 2;

@@ -14,6 +14,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A load that stays where it is written: the compiler moves others to their use, however long they take. An ordinary
+// one, as an earlier kernel of the stream may have written the value.
+__device__ __forceinline__ float load_now(const float* from) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];\n" : "=f"(v) : "l"(from));
+    return v;
+}
+
 // ---- mbarriers: a phase ends when all arrivals are in and all expected bytes have landed. ------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -29,7 +37,8 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// The address of what lies at `shared` in the memory of CTA `rank` of the cluster. Volatile: to be computed once.
+// The address of what lies at `shared` in the memory of CTA `rank` of the cluster. Volatile, so that it is computed
+// once.
 __device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t rank) {
     uint32_t remote;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(remote) : "r"(shared), "r"(rank));
@@ -42,20 +51,25 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t remote) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(remote) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred p;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n"
-            "}\n"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (!done);
+#define PQ_BARRIER_WAIT(semantics)                                               \
+    uint32_t done;                                                               \
+    do {                                                                         \
+        asm volatile(                                                            \
+            "{\n"                                                                \
+            ".reg .pred p;\n"                                                    \
+            "mbarrier.try_wait.parity" semantics ".shared::cta.b64 p, [%1], %2;\n" \
+            "selp.u32 %0, 1, 0, p;\n"                                            \
+            "}\n"                                                                \
+            : "=r"(done)                                                         \
+            : "r"(barrier), "r"(parity)                                          \
+            : "memory");                                                         \
+    } while (!done)
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) { PQ_BARRIER_WAIT(""); }
+// For what other CTAs have sent().
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+    PQ_BARRIER_WAIT(".acquire.cluster");
 }
+#undef PQ_BARRIER_WAIT
 
 // ---- Barriers among some warps of a CTA; arrive does not wait. ----------------------------------------------------
 
@@ -79,10 +93,23 @@ __device__ __forceinline__ void take_registers() {
 
 // ---- Clusters -----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
-    return rank;
+// A CTA's coordinates in its cluster; its rank there is (z * size of y + y) * size of x + x.
+__device__ __forceinline__ int3 cta_in_cluster() {
+    int3 v;
+    asm volatile("mov.u32 %0, %%cluster_ctaid.x;\n" : "=r"(v.x));
+    asm volatile("mov.u32 %0, %%cluster_ctaid.y;\n" : "=r"(v.y));
+    asm volatile("mov.u32 %0, %%cluster_ctaid.z;\n" : "=r"(v.z));
+    return v;
+}
+__device__ __forceinline__ int cluster_index() {
+    int v;
+    asm volatile("mov.u32 %0, %%clusterid.x;\n" : "=r"(v));
+    return v;
+}
+__device__ __forceinline__ int cluster_count() {
+    int v;
+    asm volatile("mov.u32 %0, %%nclusterid.x;\n" : "=r"(v));
+    return v;
 }
 
 // All threads of all CTAs of the cluster meet.
@@ -93,26 +120,31 @@ __device__ __forceinline__ void cluster_sync() {
             : "memory");
 }
 
-// The same, and what they wrote to shared memory before is visible to all after. Dearer: it waits for all writes.
-__device__ __forceinline__ void cluster_sync_memory() {
+// Four words to another CTA's shared memory, which its barrier counts as 16 bytes landed. Both addresses from
+// address_in.
+__device__ __forceinline__ void send(uint32_t remote, const int* v, uint32_t remote_barrier) {
     asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;\n" ::
-            : "memory");
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(remote),
+        "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(remote_barrier)
+        : "memory");
 }
 
-// `remote`: from address_in.
-__device__ __forceinline__ int4 cluster_load(uint32_t remote) {
-    int4 v;
-    asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(remote)
+// ---- 8 x 8 matrices of 16-bit values, transposed: a register holds two values of one column of shared memory. -------
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&v)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
                  : "memory");
-    return v;
+}
+__device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(row), "r"(v[0]),
+                 "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
 }
 
 // ---- Tensor copies: one thread starts the copy of a box of a 2-d tensor; what lies outside the tensor arrives as
-// zero, and counts like the rest. `mask` says which CTAs of the cluster get the box, each at the same offset. ------
+// zero, and counts like the rest. `mask` says which CTAs of the cluster get the box, each at the same offset.
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
@@ -121,9 +153,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 __device__ __forceinline__ void load_box(uint32_t shared, const CUtensorMap* map, int column, int row,
                                          uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(shared),
-        "l"(map), "r"(column), "r"(row), "r"(barrier)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n"
+        ::"r"(shared), "l"(map), "r"(column), "r"(row), "r"(barrier)
         : "memory");
 }
 
@@ -145,8 +176,8 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
-// Pins accumulators here: the compiler knows nothing of the asynchrony and could move arithmetic on them up, before
-// the wait.
+// Pins accumulators here: the compiler knows nothing of the asynchrony and could move arithmetic on them before the
+// wait.
 template <int kCount>
 __device__ __forceinline__ void pin(int (&d)[kCount]) {
 #pragma unroll
@@ -176,18 +207,19 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t shared) {
 #define PQ_IN_64(i) PQ_IN_32(i), PQ_IN_32(i + 32)
 #define PQ_IN_128(i) PQ_IN_64(i), PQ_IN_64(i + 64)
 
-// The operands after `count` accumulators: four registers of A, B's descriptor, whether to add to D or to replace it.
-#define PQ_DEFINE_WGMMA(tokens, count, a0, a1, a2, a3, b, add)                                                         \
-    __device__ __forceinline__ void wgmma_s8(int (&d)[count], const uint32_t* a, uint64_t descriptor, int add_to) {    \
-        asm volatile(                                                                                                  \
-            "{\n"                                                                                                      \
-            ".reg .pred p;\n"                                                                                          \
-            "setp.ne.b32 p, %" #add ", 0;\n"                                                                           \
-            "wgmma.mma_async.sync.aligned.m64n" #tokens "k32.s32.s8.s8 {" PQ_REGISTERS_##count "}, "                   \
-            "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", p;\n"                                                     \
-            "}\n"                                                                                                      \
-            : PQ_IN_##count(0)                                                                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(add_to));                               \
+// The operands after the `count` accumulators: four registers of A, B's descriptor, whether to add to D or to replace
+// it.
+#define PQ_DEFINE_WGMMA(tokens, count, a0, a1, a2, a3, b, add)                                                      \
+    __device__ __forceinline__ void wgmma_s8(int (&d)[count], const uint32_t* a, uint64_t descriptor, int add_to) { \
+        asm volatile(                                                                                               \
+            "{\n"                                                                                                   \
+            ".reg .pred p;\n"                                                                                       \
+            "setp.ne.b32 p, %" #add ", 0;\n"                                                                        \
+            "wgmma.mma_async.sync.aligned.m64n" #tokens "k32.s32.s8.s8 {" PQ_REGISTERS_##count "}, "                \
+            "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", p;\n"                                                  \
+            "}\n"                                                                                                   \
+            : PQ_IN_##count(0)                                                                                      \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(add_to));                            \
     }
 PQ_DEFINE_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
 PQ_DEFINE_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)

@@ -63,7 +63,7 @@ struct SegmentWriter {
             for (int i = 0; i < kSegment; ++i) out.v[i] = acc[i] / kUnitOf;
             put(static_cast<int*>(p.y) + at, out, count);
         } else {
-            const float row_scale = p.row_scale ? __ldg(p.row_scale + m) : 1.0f;
+            const float row_scale = p.row_scale ? p.row_scale[m] : 1.0f;  // no __ldg: see overlap.cuh
             float v[kSegment];
 #pragma unroll
             for (int i = 0; i < kSegment; ++i)

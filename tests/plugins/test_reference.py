@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pq_export import quantizer
+from pq_export.errors import PqExportError
 from pq_export.hadamard import HadamardTransform
 from pq_export.plugins import abi, reference
 from pq_export.plugins.abi import Layout, Status, Type
@@ -132,6 +133,12 @@ def test_silu_mul_hadamard_is_the_torch_module(order: int) -> None:
     np.testing.assert_allclose(reference.silu_mul(gate, up), product.numpy(), rtol=1e-5, atol=1e-6)
     expected = HadamardTransform(order)(product)
     np.testing.assert_allclose(reference.silu_mul(gate, up, arguments.left), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hadamard_whose_power_of_two_is_too_small_is_refused() -> None:
+    """736 is 368 x 2: the kernel's fast transform starts at 4."""
+    with pytest.raises(PqExportError, match="R4 of size 736 is 368 x 2"):
+        reference.online_hadamard(736)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

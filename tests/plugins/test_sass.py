@@ -48,6 +48,17 @@ class TestBuilt:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sm", BUILT_SMS)
+def test_who_lets_the_next_kernel_start_waits_itself(sm: int) -> None:
+    """From sm_90 on. A kernel that did the one without the other would let results be read before they are there."""
+    families = ("decode", "elementwise", "rmsnorm", "silu_hadamard", "dynamic", *(["sm90"] if sm == 90 else []))
+    for kernel in kernels_of(sm):
+        starts_early = sm >= 90 and any(family in kernel.name for family in families)
+        lets_in, waits = kernel.count("PREEXIT"), kernel.count("ACQBULK")
+        assert (lets_in > 0, waits > 0) == (starts_early, starts_early), (kernel.name, lets_in, waits)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", INT4_SMS)
 def test_int4_tensor_cores(sm: int) -> None:
     s4 = [k for k in kernels_of(sm) if k.count(r"IMMA\.16864\.S4\.S4")]
