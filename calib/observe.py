@@ -40,3 +40,21 @@ def observe_sites(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def channel_peaks(
+    decoder: Decoder,
+    crops: Tensor,
+    sites: Iterable[str],
+    batch: int = 4,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """``layers.N.<site>`` -> max |x| [C] of each channel over ``crops`` [N, S], for sites that linears read."""
+    peaks: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        peak = x.abs().amax((0, 1))
+        peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+    observe_sites(decoder, crops, sites, see, batch, progress)
+    return peaks

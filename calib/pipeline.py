@@ -66,6 +66,7 @@ def calibrate(checkpoint: Checkpoint, plan: Plan, output: Path, stages: Stages) 
 
 def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stages) -> Run:
     """Read the calibration text and rewrite the weights. ``work`` is opened once both are known to fit."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # whatever the environment says: results are those of a CPU
     limit = checkpoint.decoder.config.max_position_embeddings
     if plan.seq_len > limit:
         raise PqExportError(

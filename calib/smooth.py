@@ -40,7 +40,7 @@ SMALLEST = 1e-5  # of the largest: a channel that is never used must not divide 
 @dataclass(frozen=True)
 class SmoothOptions:
     """``sites`` to smooth. ``alphas``: how much of a channel's range may move into the weights; tried in turn on
-    ``tokens``: too few do not hold the rare large values that clipping would cut.
+    ``tokens`` of the search's crops. The range itself is of all calibration crops.
     """
 
     sites: tuple[str, ...] = SMOOTHABLE
@@ -62,12 +62,15 @@ def find_smoothing(
     decoder: Decoder,
     crops: Tensor,
     precision: Precision,
+    peaks: dict[str, Tensor],
     options: SmoothOptions | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Tensor]:
     """``layers.N.<site>`` -> s [in] for the sites of ``decoder`` (floating point, prefix set) that gain from it.
 
-    ``crops`` int64 [N, S]. Raises :class:`PqExportError` where R4 mixes the channels.
+    ``crops`` int64 [N, S] judge; ``peaks``: of :func:`pq_export.calib.observe.channel_peaks`, on as much text as
+    there is: a channel whose largest values are not in it is made too large, and clipped later. Raises
+    :class:`PqExportError` where R4 mixes the channels.
     """
     options = options or SmoothOptions()
     if DOWN_SITE in options.sites and not isinstance(decoder.layers[0].mlp.down_rotation, nn.Identity):
@@ -95,9 +98,10 @@ def find_smoothing(
         for site in options.sites:
             weights = [linear.weight for linear in _linears(layer, site)]
             tie = _of_kv_heads(layer.self_attn) if site == O_SITE else _free
-            s = _best(inputs[site].flatten(0, -2), torch.cat(weights), tie, precision, options)
+            name, x_site = f"layers.{index}.{site}", inputs[site].flatten(0, -2)
+            s = _best(x_site, torch.cat(weights), tie(peaks[name].to(x.device)), tie, precision, options)
             if s is not None:
-                found[f"layers.{index}.{site}"] = s
+                found[name] = s
         progress(1)
     return found
 
@@ -137,14 +141,19 @@ def _of_kv_heads(attention: Attention) -> Callable[[Tensor], Tensor]:
 
 
 def _best(
-    x: Tensor, weight: Tensor, tie: Callable[[Tensor], Tensor], precision: Precision, options: SmoothOptions
+    x: Tensor,
+    weight: Tensor,
+    peak: Tensor,
+    tie: Callable[[Tensor], Tensor],
+    precision: Precision,
+    options: SmoothOptions,
 ) -> Tensor | None:
     """Factors s [in] with the least output error of the quantized linears, or None where nothing gains.
 
-    ``x`` [tokens, in]; ``weight`` [out, in], all linears of the site; ``tie`` makes channels share a peak. Peaks are of
-    all tokens, errors of a sample.
+    ``x`` [tokens, in], of which a sample judges; ``weight`` [out, in], all linears of the site; ``peak`` [in]; ``tie``
+    makes channels share a maximum.
     """
-    peak, columns = tie(x.abs().amax(0)), tie(weight.abs().amax(0))
+    columns = tie(weight.abs().amax(0))
     peak = peak.clamp_min(SMALLEST * peak.max())
     columns = columns.clamp_min(SMALLEST * columns.max())
     x = x[:: max(1, len(x) // options.tokens)]

@@ -14,14 +14,12 @@ moment. Unlike smoothing, it leaves the range of the weights as it is. Nothing i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pq_export.calib.checkpoint import full_logits, probe_ids
-from pq_export.calib.observe import observe_sites
 from pq_export.calib.rewrites import assert_unchanged
 from pq_export.calib.smooth import DOWN_SITE
 from pq_export.decoder import MLP, Decoder
@@ -61,25 +59,11 @@ def count_copies(peaks: Tensor, extra: int) -> Tensor:
 
 
 @torch.no_grad()
-def channel_peaks(
-    decoder: Decoder, crops: Tensor, batch: int = 4, progress: Callable[[int], None] = lambda done: None
-) -> dict[str, Tensor]:
-    """``layers.N.mlp.down_input`` -> max |x| [C] over ``crops`` [N, S], the prefix in front."""
-    peaks: dict[str, Tensor] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        peak = x.abs().amax((0, 1))
-        peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
-
-    observe_sites(decoder, crops, (DOWN_SITE,), see, batch, progress)
-    return peaks
-
-
-@torch.no_grad()
 def split_channels(decoder: Decoder, peaks: dict[str, Tensor], extra: int) -> None:
-    """Add ``extra`` channels to the MLP of each layer in place; ``peaks``: of :func:`channel_peaks`.
+    """Add ``extra`` channels to the MLP of each layer in place.
 
-    Raises :class:`PqExportError` if the logits change, and beside R4, which mixes the channels.
+    ``peaks``: of :func:`pq_export.calib.observe.channel_peaks`. Raises :class:`PqExportError` if the logits change, and
+    beside R4, which mixes the channels.
     """
     if not isinstance(decoder.layers[0].mlp.down_rotation, nn.Identity):
         raise PqExportError(

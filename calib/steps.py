@@ -19,12 +19,13 @@ from pq_export.calib.gptq import GptqOptions, gptq_block
 from pq_export.calib.key_bits import KeyBitsOptions, choose_key_bits
 from pq_export.calib.learned_rotation import RotationOptions, find_rotations, fold_rotations
 from pq_export.calib.learned_rounding import LearnedRoundingOptions, learned_rounding
+from pq_export.calib.observe import channel_peaks
 from pq_export.calib.ranges import collect_ranges
 from pq_export.calib.run import Run
 from pq_export.calib.sensitivity import Keep8BitOptions, keep_8bit
 from pq_export.calib.smooth import DOWN_SITE, SmoothOptions, find_smoothing, fold_smoothing
 from pq_export.calib.smooth_attention import key_maxima, smooth_attention
-from pq_export.calib.split_channels import SplitOptions, channel_peaks, split_channels
+from pq_export.calib.split_channels import SplitOptions, split_channels
 from pq_export.calib.tune_blocks import TuneBlocksOptions, tune_blocks
 from pq_export.calib.tune_model import TuneModelOptions, tune_model
 from pq_export.calib.tune_prefix import PrefixTuningOptions, tune_prefix
@@ -99,9 +100,17 @@ def _smooth_attention(run: Run, options: SmoothAttentionOptions) -> None:
 
 
 def _smooth(run: Run, options: SmoothOptions) -> None:
-    crops, precision = run.calibration_crops[: run.plan.search_samples], run.plan.precision
-    with run.stages.stage("smooth", len(run.decoder.layers)) as advance:
-        factors = _kept(run, "smooth", lambda: find_smoothing(run.decoder, crops, precision, options, advance))
+    crops, decoder = run.calibration_crops, run.decoder
+    with run.stages.stage("smooth", len(crops) + len(decoder.layers)) as advance:
+
+        def compute() -> dict[str, Tensor]:
+            judging, seen = crops[: run.plan.search_samples], crops[run.plan.search_samples :]
+            # Judged on crops that the peaks are not of: what text to come does to them decides.
+            seen = crops if len(seen) < len(judging) else seen
+            peaks = channel_peaks(decoder, seen, options.sites, progress=advance)
+            return find_smoothing(decoder, judging, run.plan.precision, peaks, options, advance)
+
+        factors = _kept(run, "smooth", compute)
         fold_smoothing(run.decoder, factors)
         run.set_prefix()
     run.statistics["smooth"] = {"sites": sorted(factors)}
@@ -110,7 +119,7 @@ def _smooth(run: Run, options: SmoothOptions) -> None:
 def _split_channels(run: Run, options: SplitOptions) -> None:
     crops, extra = run.calibration_crops, options.copies(run.decoder.config.intermediate_size)
     with run.stages.stage("split channels", len(crops)) as advance:
-        peaks = _kept(run, "split_channels", lambda: channel_peaks(run.decoder, crops, progress=advance))
+        peaks = _kept(run, "split_channels", lambda: channel_peaks(run.decoder, crops, (DOWN_SITE,), progress=advance))
         split_channels(run.decoder, peaks, extra)
         run.set_prefix()
     run.statistics["split_channels"] = {"intermediate_size": run.decoder.config.intermediate_size}
@@ -184,6 +193,9 @@ def _tune_model(run: Run, options: TuneModelOptions) -> None:
 
 def _tune_prefix(run: Run, options: PrefixTuningOptions) -> None:
     assert run.reference is not None
+    if not run.token_ids:
+        run.stages.progress.note("tune_prefix: this model has no prefix, nothing to tune")
+        return
     with run.stages.stage("tune prefix", options.steps) as advance:
         tune_prefix(run.decoder, run.reference, run.crops, options, advance, run.stages.progress.note)
 
@@ -205,10 +217,6 @@ def _split_trouble(options: SplitOptions, plan: Plan, config: DecoderConfig) -> 
 
 def _rotation_trouble(options: RotationOptions, plan: Plan, config: DecoderConfig) -> str:
     return "has no rotation to start from: use --rotate online or offline" if plan.rotate == "none" else ""
-
-
-def _prefix_trouble(options: PrefixTuningOptions, plan: Plan, config: DecoderConfig) -> str:
-    return "has no prefix to tune: leave it or --prefix none out" if plan.prefix == "none" else ""
 
 
 def _keep_trouble(options: Keep8BitOptions, plan: Plan, config: DecoderConfig) -> str:
@@ -288,7 +296,6 @@ KINDS = (
         after=("clip_search",),
         teacher=True,
         tokens=_learning_tokens(4),
-        trouble=_prefix_trouble,
     ),
 )
 STEPS = {kind.name: kind for kind in KINDS}

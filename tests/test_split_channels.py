@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pq_export.calib.checkpoint import full_logits, load_checkpoint
+from pq_export.calib.observe import channel_peaks
 from pq_export.calib.rewrites import rewrite
-from pq_export.calib.split_channels import SplitOptions, channel_peaks, count_copies, split_channels
+from pq_export.calib.smooth import DOWN_SITE
+from pq_export.calib.split_channels import SplitOptions, count_copies, split_channels
 from pq_export.calibration import Calibration
 from pq_export.errors import PqExportError, UsageError
 from pq_export.simulate import simulated_decoder
@@ -34,11 +36,11 @@ def test_no_other_counts_have_a_smaller_peak(peaks: list[float], extra: int) -> 
 def test_logits_stay_and_ranges_shrink(checkpoint_dir: Callable[[str], Path], family: str) -> None:
     decoder, ids = load_checkpoint(str(checkpoint_dir(family))).decoder, random_ids(6, 24)
     rewrite(decoder, "offline", seed=0)
-    before, peaks = full_logits(decoder, ids), channel_peaks(decoder, ids)
+    before, peaks = full_logits(decoder, ids), channel_peaks(decoder, ids, (DOWN_SITE,))
     split_channels(decoder, peaks, 32)
     assert decoder.config.intermediate_size == 96 + 32
     assert torch.allclose(full_logits(decoder, ids), before, atol=2e-4 * before.abs().max().item())
-    for name, after in channel_peaks(decoder, ids).items():
+    for name, after in channel_peaks(decoder, ids, (DOWN_SITE,)).items():
         assert len(after) == 128
         assert after.max() < 0.8 * peaks[name].max()
         expected = (peaks[name] / count_copies(peaks[name], 32)).max()
@@ -51,7 +53,7 @@ def test_beside_r4_it_is_refused(
     decoder = load_checkpoint(str(checkpoint_dir("llama"))).decoder
     rewrite(decoder, "online", seed=0)
     with pytest.raises(PqExportError, match="R4 mixes"):
-        split_channels(decoder, channel_peaks(decoder, random_ids(2, 16)), 32)
+        split_channels(decoder, channel_peaks(decoder, random_ids(2, 16), (DOWN_SITE,)), 32)
     with pytest.raises(UsageError, match="'split_channels' cannot split channels that R4 mixes"):
         calibrations("w8a8", steps=(("split_channels", {}), ("clip_search", {})))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pq_export.calib import tune_prefix as module
-from pq_export.calib.checkpoint import load_checkpoint
+from pq_export.calib.checkpoint import full_logits, load_checkpoint
 from pq_export.calib.fake_quant import StaticQuantizer, set_kv_quantizer, set_site_quantizer
 from pq_export.calib.outliers import compute_prefix_kv
 from pq_export.calib.ranges import collect_ranges
@@ -60,7 +60,7 @@ def prepare(checkpoint_dir: Callable[[str], Path]) -> Callable[[str], Pair]:
 
 def unseen_loss(pair: Pair) -> float:
     with torch.no_grad():
-        return module._loss(*pair, UNSEEN, 0.0).item()
+        return module._loss(*pair, UNSEEN, PrefixTuningOptions()).item()
 
 
 def prefix_of(decoder: Decoder) -> list[Tensor]:
@@ -161,21 +161,35 @@ def test_held_out_crops_do_not_train(prepare: Callable[[str], Pair], monkeypatch
 
 def test_quantization_error_can_be_part_of_the_loss(prepare: Callable[[str], Pair]) -> None:
     decoder, reference = prepare("llama")
+    weights = [PrefixTuningOptions(error_weight=weight) for weight in (0.0, 10.0)]
     seen: list[Tensor] = []
     site = decoder.layers[1].mlp.down_input_quantizer
     handle = site.register_forward_hook(
         lambda m, args, out: seen.append(((out - args[0]) ** 2).mean() / args[0].square().mean())
     )
     with torch.no_grad():
-        plain, weighed = (module._loss(decoder, reference, UNSEEN, weight).item() for weight in (0.0, 10.0))
+        plain, weighed = (module._loss(decoder, reference, UNSEEN, options).item() for options in weights)
     handle.remove()
     assert 0.1 * 10 * seen[0].item() / 12 < weighed - plain  # this site's share of the mean over 12 sites, and more
     prefix = TrainedPrefix(decoder)
     gradients = []
-    for weight in (0.0, 10.0):
+    for options in weights:
         decoder.set_prefix(prefix.pairs())
-        gradients.append(torch.autograd.grad(module._loss(decoder, reference, UNSEEN, weight), prefix.delta))
+        gradients.append(torch.autograd.grad(module._loss(decoder, reference, UNSEEN, options), prefix.delta))
     assert any((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(*gradients, strict=True))
+
+
+def test_the_text_can_be_the_target(prepare: Callable[[str], Pair]) -> None:
+    """The loss is then cross entropy of the text's tokens, and tuning lowers it on the crops that it holds out."""
+    decoder, reference = prepare("llama")
+    options, notes = PrefixTuningOptions(steps=12, batch=16, target="text"), list[str]()
+    logits = full_logits(decoder, UNSEEN)
+    by_hand = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), UNSEEN[:, 1:].flatten()).item()
+    with torch.no_grad():
+        assert module._loss(decoder, reference, UNSEEN, options).item() == pytest.approx(by_hand, rel=1e-5)
+    tune_prefix(decoder, reference, CROPS, options, note=notes.append)
+    before, after = (float(text) for text in notes[-1].removeprefix("prefix tuning: held-out loss ").split(" -> "))
+    assert after < before
 
 
 def test_tuning_depends_on_the_seed_alone(prepare: Callable[[str], Pair]) -> None:
