@@ -58,9 +58,9 @@ def error(calibration: Calibration, original: Decoder) -> float:
     return (expected.exp() * (expected - actual)).sum(-1).mean().item()
 
 
-# A search takes the factor with the smallest error of a few, and one step of a tiny model's scale is a third of another:
-# weights disturbed by 1e-7 on one and the same CPU leave 0.988 of W4A4's codes and 0.67 behind GPTQ. So what must agree
-# is what comes before the first choice, and how good the model is.
+# A search takes the factor with the smallest error of a few, and a tiny model's candidates lie far apart: weights disturbed
+# by 1e-7 on one and the same CPU leave 0.988 of W4A4's codes, and 0.67 behind GPTQ. So what must agree is what comes
+# before the first choice, and how good the model is.
 @pytest.mark.parametrize(
     ("name", "steps", "share"),
     [("w4a4", (SEARCH,), 0.96), ("w8a8", (SEARCH,), 0.98), ("w4a16", (SEARCH,), 0.98), ("w4a4", GPTQ, 0.5)],
