@@ -58,8 +58,8 @@ def error(calibration: Calibration, original: Decoder) -> float:
     return (expected.exp() * (expected - actual)).sum(-1).mean().item()
 
 
-# A search takes the factor with the smallest error of a few, and a tiny model's candidates lie far apart: weights that are
-# disturbed by 1e-7 on one CPU leave 0.988 of W4A4's codes, and 0.67 behind GPTQ. So what must agree is what comes
+# A search takes the factor with the smallest error of a few, and a tiny model's candidates lie far apart: weights that
+# are disturbed by 1e-7 on one CPU leave 0.988 of W4A4's codes, and 0.67 behind GPTQ. So what must agree is what comes
 # before the first choice, and how good the model is.
 @pytest.mark.parametrize(
     ("name", "steps", "share"),
