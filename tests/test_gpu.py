@@ -70,7 +70,8 @@ def test_calibration_gives_what_the_cpu_gives(
     run: Callable[..., Calibration], checkpoint_dir: Callable[[str], Path], name: str, steps: Any, share: float
 ) -> None:
     cpu, gpu = run("cpu", steps, name), run("cuda", steps, name)
-    assert cpu.prefix == gpu.prefix and cpu.rotation == gpu.rotation
+    same_key = dataclasses.replace(gpu.prefix, key=cpu.prefix.key)  # a hash of the weights, which differ by rounding
+    assert cpu.prefix == same_key and cpu.rotation == gpu.rotation
     for tensor in (tensor for tensor in cpu.tensors if ".prefix." in tensor or "norm" in tensor):
         np.testing.assert_allclose(cpu.tensors[tensor], gpu.tensors[tensor], rtol=2e-3, atol=2e-3)  # FP16
     assert equal_codes(cpu, gpu) > share
