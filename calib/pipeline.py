@@ -119,7 +119,8 @@ def quantize_decoder(run: Run) -> None:
     elif of(Phase.PRECISION):
         chosen = {name: run.statistics[name] for name in ("sensitivity", "key_bits") if name in run.statistics}
         run.work.save("overrides", {"overrides": run.overrides, "statistics": chosen})
-    if any(kind.teacher for kind, _ in steps):
+    # Without a prefix tune_prefix does nothing, and needs nobody to follow.
+    if any(kind.teacher and (run.token_ids or kind.name != "tune_prefix") for kind, _ in steps):
         run.reference = copy.deepcopy(run.decoder)
     _quantize_blocks(run, of(Phase.BLOCKS))
     for kind, options in of(Phase.MODEL):

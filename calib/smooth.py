@@ -40,7 +40,8 @@ SMALLEST = 1e-5  # of the largest: a channel that is never used must not divide 
 @dataclass(frozen=True)
 class SmoothOptions:
     """``sites`` to smooth. ``alphas``: how much of a channel's range may move into the weights; tried in turn on
-    ``tokens`` of the search's crops. The range itself is of all calibration crops.
+    ``tokens`` of the search's crops. The range itself is of the other calibration crops, or of all where these are
+    fewer than the search's.
     """
 
     sites: tuple[str, ...] = SMOOTHABLE

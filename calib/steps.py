@@ -101,12 +101,12 @@ def _smooth_attention(run: Run, options: SmoothAttentionOptions) -> None:
 
 def _smooth(run: Run, options: SmoothOptions) -> None:
     crops, decoder = run.calibration_crops, run.decoder
-    with run.stages.stage("smooth", len(crops) + len(decoder.layers)) as advance:
+    judging, seen = crops[: run.plan.search_samples], crops[run.plan.search_samples :]
+    # Judged on crops that the peaks are not of: what text to come does to them decides.
+    seen = crops if len(seen) < len(judging) else seen
+    with run.stages.stage("smooth", len(seen) + len(decoder.layers)) as advance:
 
         def compute() -> dict[str, Tensor]:
-            judging, seen = crops[: run.plan.search_samples], crops[run.plan.search_samples :]
-            # Judged on crops that the peaks are not of: what text to come does to them decides.
-            seen = crops if len(seen) < len(judging) else seen
             peaks = channel_peaks(decoder, seen, options.sites, progress=advance)
             return find_smoothing(decoder, judging, run.plan.precision, peaks, options, advance)
 
@@ -192,10 +192,10 @@ def _tune_model(run: Run, options: TuneModelOptions) -> None:
 
 
 def _tune_prefix(run: Run, options: PrefixTuningOptions) -> None:
-    assert run.reference is not None
     if not run.token_ids:
         run.stages.progress.note("tune_prefix: this model has no prefix, nothing to tune")
         return
+    assert run.reference is not None
     with run.stages.stage("tune prefix", options.steps) as advance:
         tune_prefix(run.decoder, run.reference, run.crops, options, advance, run.stages.progress.note)
 

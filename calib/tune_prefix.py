@@ -31,6 +31,7 @@ from pq_export.calib.training import (
     next_token_loss,
     run_layers,
 )
+from pq_export.calibration import KV_SITES
 from pq_export.decoder import Decoder, KVPair
 from pq_export.errors import PqExportError
 
@@ -165,9 +166,14 @@ def _validate(
     return total / len(crops)
 
 
+def lowest_activation_bits(decoder: Decoder) -> int:
+    """Fewest bits of any input of a linear, 16 where none is quantized; keys and values do not count."""
+    return min((q.bits for name, q in quantizers(decoder) if not name.endswith(KV_SITES)), default=16)
+
+
 def _loss(decoder: Decoder, reference: Decoder, ids: Tensor, options: PrefixTuningOptions) -> Tensor:
     errors = dict[int, Tensor]()
-    with autocast(ids.device, min((quantizer.bits for _, quantizer in quantizers(decoder)), default=16)):
+    with autocast(ids.device, lowest_activation_bits(decoder)):
         hidden = run_layers(decoder, ids, run=_observed(decoder, errors) if options.error_weight else None)
         if options.target == "text":
             loss = next_token_loss(hidden, ids, decoder.logits)

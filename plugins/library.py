@@ -2,6 +2,8 @@
 
 Every call runs on PyTorch's current stream and checks types, shapes and contiguity here, so that a mistake is a
 Python error that names the argument; what the library itself refuses comes back with its own words.
+Constant operands (weights, scale, bias, gain, shift, left) must be finished when a call is made: nothing that is still
+in flight on the stream may write them (``csrc/pq_kernels.h``).
 """
 
 from __future__ import annotations

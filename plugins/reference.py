@@ -19,7 +19,7 @@ from pq_export.hadamard import hadamard_factors
 from pq_export.plugins.abi import Type
 from pq_export.plugins.layouts import pack_rows
 
-SMALLEST_RIGHT = 4  # kMinRight of silu_hadamard.cu
+SMALLEST_RIGHT, LARGEST_RIGHT, LARGEST_ORDER = 4, 16384, 32768  # kMinRight, kMaxRight, kMaxOrder of silu_hadamard.cu
 
 NUMPY_TYPES = {
     Type.F16: np.dtype(np.float16),
@@ -160,14 +160,18 @@ def online_hadamard(order: int) -> OnlineHadamard:
 
     All powers of two go to the right, where the kernel's transform is a fast one. The kernel divides by sqrt(order)
     always; where the construction is 'block', whose norm is smaller, ``left`` takes that back. Raises
-    :class:`PqExportError` where that power of two is smaller than the kernel's.
+    :class:`PqExportError` where that power of two, or ``order``, is beyond the kernel's limits.
     """
+    if order > LARGEST_ORDER:
+        raise PqExportError(
+            f"R4 of size {order} is larger than the kernel's {LARGEST_ORDER}", cure="Use --rotate offline."
+        )
     factors = hadamard_factors(order)
     factors = replace(factors, left_order=factors.core)
-    if factors.right_order < SMALLEST_RIGHT:
+    if not SMALLEST_RIGHT <= factors.right_order <= LARGEST_RIGHT:
         raise PqExportError(
             f"R4 of size {order} is {factors.left_order} x {factors.right_order}, and the "
-            f"kernel needs a power of two of at least {SMALLEST_RIGHT} on the right",
+            f"kernel needs a power of two from {SMALLEST_RIGHT} to {LARGEST_RIGHT} on the right",
             cure="Use --rotate offline.",
         )
     left = np.ascontiguousarray(factors.left().T, dtype=np.float32)

@@ -12,7 +12,7 @@ from pq_export.files import new_directory
 from pq_export.rewrite.lint import lint
 from pq_export.rewrite.pipeline import quantized_model
 from pq_export.stages import Stages
-from pq_export.targets.base import Target
+from pq_export.targets.base import Target, TargetOptions
 
 
 def build(
@@ -24,19 +24,22 @@ def build(
     *,
     form: str | None = None,
     external_data: bool | None = None,
+    options: TargetOptions | None = None,
 ) -> Bundle:
     """Export, rewrite, lint and write the bundle for ``target`` to ``output``, which appears whole."""
     has_bias = any(name.endswith("_proj.bias") for name in calibration.tensors)
-    chosen, reason = target.form_for(calibration.precision, has_bias, form)
+    context = calibration.decoder.max_position_embeddings - len(calibration.prefix.token_ids)
+    resolved = target.resolve(options or TargetOptions(), context)
+    chosen, reason = target.form_for(calibration.precision, has_bias, form, resolved)
     with stages.stage("export graph"):
         fp = export_fp_graph(calibration.decoder)
     with stages.stage("rewrite graph"):
-        model = quantized_model(fp, calibration, chosen, stages.progress.note)
+        model = quantized_model(fp, calibration, chosen, stages.progress.note, cache=target.cache)
         if findings := lint(model):
             raise PqExportError(
                 f"the graph is not static: {findings[0]} ({len(findings)} findings): this is a defect, please report it"
             )
-        target.lower(model)
+        model = target.lower(model, resolved)
     with stages.stage("write bundle"), new_directory(output) as directory:
         write_bundle(
             directory,
@@ -47,5 +50,6 @@ def build(
             form=chosen.value,
             form_reason=reason,
             external_data=external_data,
+            finish=lambda config: target.finish(directory, config, resolved, stages),
         )
     return open_bundle(output, verify_hashes=False)

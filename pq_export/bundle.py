@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -70,15 +71,16 @@ def write_bundle(
     form: str,
     form_reason: str,
     external_data: bool | None = None,
+    finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {},
 ) -> None:
     """Write all files but the report into ``directory`` (the caller renames it into place).
 
-    ``external_data``: None puts weights beside the graph only where they must be, above 2 GB.
+    ``external_data``: None puts weights beside the graph only where they must be, above 2 GB. ``finish(config)`` may
+    write more files, and returns what the configuration says of them.
     """
     sizes = size_by_part(model)
     shutil.copytree(calibration_directory / ASSETS_NAME, directory, dirs_exist_ok=True)
     save_model(model, directory / MODEL_NAME, external_data)
-    files = {p.relative_to(directory).as_posix(): file_record(p) for p in sorted(directory.rglob("*")) if p.is_file()}
     config = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -96,16 +98,19 @@ def write_bundle(
             "length": len(calibration.prefix.token_ids),
             "key": calibration.prefix.key,
         },
+        "calibration_sha256": calibration_sha256(calibration),
         "bos_token_id": calibration.bos_token_id,
         "max_position_embeddings": calibration.decoder.max_position_embeddings,
         "num_layers": calibration.decoder.num_layers,
-        "kv_cache": kv_cache_facts(calibration),
+        "kv_cache": kv_cache_facts(calibration, model),
         "scales": scales_summary(calibration),
         "sizes": sizes,
         "plan": calibration.plan,
-        "files": files,
         "versions": versions(),
     }
+    config |= finish(config)
+    files = {p.relative_to(directory).as_posix(): file_record(p) for p in sorted(directory.rglob("*")) if p.is_file()}
+    config["files"] = files
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -124,34 +129,44 @@ def save_model(model: onnx.ModelProto, path: Path, external_data: bool | None) -
         )
     else:
         onnx.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
+    onnx.checker.check_model(str(path), full_check=not _has_plugin_nodes(model))
 
 
-def kv_cache_facts(calibration: Calibration) -> dict[str, Any]:
-    """Bits and bytes of the cache per token, as the graph's inputs hold it and in FP16.
+def _has_plugin_nodes(model: onnx.ModelProto) -> bool:
+    """Nodes without a definition in the file, whose types no checker can infer."""
+    defined = {(function.domain, function.name) for function in model.functions}
+    return any(n.domain not in ("", "com.microsoft") and (n.domain, n.op_type) not in defined for n in model.graph.node)
+
+
+def kv_cache_facts(calibration: Calibration, model: onnx.ModelProto) -> dict[str, Any]:
+    """Bits and bytes of the cache per token, as the inputs of ``model`` hold it and in FP16.
 
     Where tensors of the cache have different bits, ``tensors`` has those of each input: bits, container, zero point.
     """
     c = calibration
     values = c.decoder.num_kv_heads * c.decoder.head_dim
-    bits = {site: c.kv_bits(site) for site in c.kv_sites()}
+    inputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    tensors = {}
+    for site in c.kv_sites():
+        name = site.replace("layers", "past_key_values").replace("self_attn.", "")
+        tensors[name] = _cache_tensor(c.kv_bits(site), np.dtype(onnx.helper.tensor_dtype_to_np_dtype(inputs[name])))
     facts: dict[str, Any] = {
         "bits": c.precision.kv_bits,
-        "container": " and ".join(sorted({_cache_tensor(b)["container"] for b in bits.values()})),
-        "bytes_per_token": sum(values * (4 if b == 16 else 1) for b in bits.values()),
-        "fp16_bytes_per_token": values * 2 * len(bits),
+        "container": " and ".join(sorted({tensor["container"] for tensor in tensors.values()})),
+        "bytes_per_token": sum(values * np.dtype(tensor["container"]).itemsize for tensor in tensors.values()),
+        "fp16_bytes_per_token": values * 2 * len(tensors),
+        "heads": c.decoder.num_kv_heads,
+        "head_dim": c.decoder.head_dim,
     }
-    if any(b != c.precision.kv_bits for b in bits.values()):
-        names = (site.replace("layers", "past_key_values").replace("self_attn.", "") for site in bits)
-        facts["tensors"] = {name: _cache_tensor(b) for name, b in zip(names, bits.values(), strict=True)}
+    if any(tensor["bits"] != c.precision.kv_bits for tensor in tensors.values()):
+        facts["tensors"] = tensors
     return facts
 
 
-def _cache_tensor(bits: int) -> dict[str, Any]:
+def _cache_tensor(bits: int, container: np.dtype[Any]) -> dict[str, Any]:
     """How one cache input holds its keys or values."""
-    if bits == 16:
-        return {"bits": bits, "container": "float32", "zero_point": None}
-    return {"bits": bits, "container": "uint8", "zero_point": -code_range(bits)[0]}
+    zero_point = None if bits == 16 else -code_range(bits)[0] if container == np.uint8 else 0
+    return {"bits": bits, "container": container.name, "zero_point": zero_point}
 
 
 def scales_summary(calibration: Calibration) -> dict[str, dict[str, float]]:
@@ -166,10 +181,25 @@ def scales_summary(calibration: Calibration) -> dict[str, dict[str, float]]:
     return {name: {"min": min(values), "max": max(values)} for name, values in groups.items()}
 
 
+def calibration_sha256(calibration: Calibration) -> str:
+    """Hash of all numbers of a calibration that a graph is made of: the same, whatever found or saved them.
+
+    Weights and their scales, rotation, RoPE and prefix tokens are in the prefix's key; that leaves out the prefix KV,
+    which may have been tuned, and the static scales.
+    """
+    c = calibration
+    numbers = [c.prefix.key, str(c.precision), c.overrides, c.activation_scales, c.kv_scales]
+    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
+    for tensor in (tensor for pair in c.prefix_kv() or () for tensor in pair):
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
+
+
 def size_by_part(model: onnx.ModelProto) -> list[dict[str, Any]]:
     """Bytes in the file by part; quantized linears also by parameter (codes and scales together)."""
     parts: dict[str, int] = {}
     parameters = 0
+    packed = {n.input[1]: {a.name: a.i for a in n.attribute} for n in model.graph.node if n.op_type == "QLinear"}
     for tensor in model.graph.initializer:
         name, size = tensor.name, initializer_bytes(tensor)
         if ".prefix." in name:
@@ -178,6 +208,8 @@ def size_by_part(model: onnx.ModelProto) -> list[dict[str, Any]]:
             part = "quantized linears"
             if name.endswith(".codes"):
                 parameters += int(np.prod(tensor.dims))
+            elif name in packed:  # in tiles: padded
+                parameters += packed[name]["K"] * packed[name]["N"]
         elif name.startswith(("embed_tokens", "lm_head")):
             part = "lm_head" if name.startswith("lm_head") else "embedding"
         else:

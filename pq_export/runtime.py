@@ -16,7 +16,12 @@ from pq_export.bundle import DATA_NAME, EXTERNAL_DATA_ABOVE, EXTERNAL_TENSOR_ABO
 from pq_export.errors import PqExportError
 from pq_export.rewrite.last_logits import NUM_LOGITS
 
-ONNX_TO_NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
+ONNX_TO_NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
 
 
 def session_options(weight_bits: int = 8, threads: int | None = None, fuse: bool = True) -> ort.SessionOptions:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pq_export.errors import UsageError
 from pq_export.targets.base import Target
 from pq_export.targets.ort import ORT
+from pq_export.targets.trt import TRT
+from pq_export.targets.trt_rtx import TRT_RTX
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ORT,)}
+TARGETS: dict[str, Target] = {target.name: target for target in (ORT, TRT, TRT_RTX)}
 
 
 def find_target(name: str) -> Target:

@@ -9,16 +9,23 @@ fp32 product of dequantized values, which is neither fast nor exact.
 
 from __future__ import annotations
 
+import onnx
+
 from pq_export.precision import Precision
 from pq_export.rewrite.qlinear import Form
-from pq_export.targets.base import Target
+from pq_export.targets.base import Target, TargetOptions
 from pq_export.targets.ort_kernels import fuse_integer_products, unfuse_integer_products
 
 
-def _choose_form(precision: Precision, has_bias: bool) -> tuple[Form, str]:
+def _choose_form(precision: Precision, has_bias: bool, options: TargetOptions) -> tuple[Form, str]:
     if precision.activation_bits == 16:
         return Form.INTEGER, "weight-only: integers are unpacked and scaled once, when the session loads"
     return Form.INTEGER, "exact int32 products in VNNI kernels at every optimization level"
+
+
+def _lower(model: onnx.ModelProto, options: TargetOptions) -> onnx.ModelProto:
+    fuse_integer_products(model)
+    return model
 
 
 ORT = Target(
@@ -27,6 +34,6 @@ ORT = Target(
     executes="int8 VNNI kernels for every quantized linear; 4-bit codes in 8-bit containers",
     forms=(Form.QDQ, Form.INTEGER),
     choose_form=_choose_form,
-    lower=fuse_integer_products,
+    lower=_lower,
     portable=unfuse_integer_products,
 )

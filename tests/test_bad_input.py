@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 
 from pq_export import bundle as bundle_module
 from pq_export.bundle import CONFIG_NAME, DATA_NAME, MODEL_NAME, file_record
-from pq_export.calibration import JSON_NAME, TENSORS_NAME
+from pq_export.calibration import JSON_NAME, TENSORS_NAME, load_calibration, save_calibration
 from tests.cli_runner import Runner
 
 SMALL = ("--calib-samples", 2, "--seq-len", 32, "--num-layers", 1)
@@ -252,6 +253,27 @@ def test_bundle_of_another_calibration(
         made / "bundle",
         "--calib",
         tmp_path / "c8",
+        "--text",
+        other_text_file,
+        "--windows",
+        1,
+        "--window",
+        32,
+        says=("not built from this calibration",),
+    )
+
+
+def test_bundle_of_another_prefix_kv(pq: Runner, made: Path, other_text_file: Path) -> None:
+    """As two calibrations have that differ only in how long the prefix was tuned."""
+    calibration = load_calibration(made / "calib")
+    name, *_ = [name for name in calibration.tensors if name.endswith(".prefix.value")]
+    changed = {**calibration.tensors, name: calibration.tensors[name] + np.float16(0.5)}
+    save_calibration(dataclasses.replace(calibration, tensors=changed), made / "calib")
+    pq.refuses(
+        "validate",
+        made / "bundle",
+        "--calib",
+        made / "calib",
         "--text",
         other_text_file,
         "--windows",

@@ -21,6 +21,7 @@ from pq_export.precision import Precision
 from pq_export.rewrite.pipeline import quantized_model
 from pq_export.rewrite.qlinear import Form
 from pq_export.simulate import simulated_decoder
+from pq_export.targets.base import TargetOptions
 from pq_export.targets.ort import ORT
 from pq_export.validate.codes import compare_blocks
 from tests.conftest import FAMILIES
@@ -131,7 +132,7 @@ def test_graph_is_the_fake_quant_model(centered: Calibration, form: Form) -> Non
     """Every code of the file, on the fake-quant model's own inputs: ties alone may differ."""
     model = quantized_model(export_fp_graph(centered.decoder), centered, form)
     if form is Form.INTEGER:
-        ORT.lower(model)
+        ORT.lower(model, TargetOptions())
     bits = dict.fromkeys((*centered.activation_scales, *centered.kv_scales), 4)
     blocks = compare_blocks(model, simulated_decoder(centered), random_ids(1, 16, seed=3), bits)
     assert set(blocks["sites"]) == set(bits)

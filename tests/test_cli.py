@@ -331,6 +331,19 @@ def test_text_comes_out_with_its_spaces(exported: Path) -> None:
     assert "".join(pieces) == "w1 w2 w3"
 
 
+def test_no_command_takes_products_in_tf32() -> None:
+    """An environment variable can have turned it on. Commands that compute with PyTorch check their device first."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        commands.check_device("cpu")
+        assert torch.backends.cuda.matmul.allow_tf32 is False
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def test_a_recipes_crops_fit_the_models_context(
     pq: Runner, tiny_llama_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 import pq_export.runtime as runtime
 import pq_export.validate.pipeline as validation
-from pq_export.bundle import CONFIG_NAME, Bundle, kv_cache_facts, open_bundle
+from pq_export.bundle import CONFIG_NAME, Bundle, calibration_sha256, kv_cache_facts, open_bundle
 from pq_export.calibration import (
     JSON_NAME,
     SITE_OF_LINEAR,
@@ -38,6 +38,7 @@ from pq_export.rewrite.pipeline import quantized_model
 from pq_export.rewrite.qlinear import DOMAIN, Form
 from pq_export.runtime import OrtDecoder, decoder_of, session_options
 from pq_export.simulate import KVQuantizer, QuantLinear, simulated_decoder
+from pq_export.targets.base import TargetOptions
 from pq_export.targets.ort import ORT
 from pq_export.validate.codes import compare_blocks, compare_running
 from pq_export.validate.greedy import onnx_greedy, torch_greedy
@@ -354,7 +355,7 @@ def test_graph_is_the_fake_quant_model(mixed: Calibration, form: Form, model_of:
     model = model_of(mixed, form)
     assert is_static_and_valid(model)
     if form is Form.INTEGER:
-        ORT.lower(model)
+        ORT.lower(model, TargetOptions())
     blocks = compare_blocks(model, simulated_decoder(mixed), IDS, bits_of(mixed))
     assert set(blocks["sites"]) == set(mixed.activation_scales) | set(mixed.kv_scales)
     assert sum(c["different"] for c in blocks["sites"].values()) <= 2
@@ -375,7 +376,7 @@ def test_codes_of_the_twin_are_those_of_the_fake_quant_model(mixed: Calibration,
 
 def test_lowering_for_onnxruntime_is_taken_back(one: Calibration, model_of: ModelOf) -> None:
     model = model_of(one, Form.INTEGER)
-    ORT.lower(model)
+    ORT.lower(model, TargetOptions())
     assert sum(n.op_type == "MatMulIntegerToFloat" for n in model.graph.node) == 14
     ORT.portable(model)
     exact = compare_running(widen(model), simulated_decoder(one).double(), IDS, bits_of(one))
@@ -442,19 +443,22 @@ def test_codes_have_the_type_of_their_site(mixed: Calibration, model_of: ModelOf
 # --- the bundle and the command line ---------------------------------------------------------------
 
 
-def test_cache_facts(calibrations: Calibrations) -> None:
+def test_cache_facts(calibrations: Calibrations, model_of: ModelOf) -> None:
     """2 layers, 2 heads of 16: 32 values a tensor."""
     plain = calibrations("w4a4")
-    assert kv_cache_facts(plain) == {
-        "bits": 4, "container": "uint8", "bytes_per_token": 128, "fp16_bytes_per_token": 256
+    heads = {"heads": 2, "head_dim": 16}
+    assert kv_cache_facts(plain, model_of(plain, Form.INTEGER)) == {
+        "bits": 4, "container": "uint8", "bytes_per_token": 128, "fp16_bytes_per_token": 256, **heads
     }  # fmt: skip
-    facts = kv_cache_facts(overridden(plain, CASES["w4a4, a cache of three kinds"][2]))
+    mixed = overridden(plain, CASES["w4a4, a cache of three kinds"][2])
+    facts = kv_cache_facts(mixed, model_of(mixed, Form.INTEGER))
     four = {"bits": 4, "container": "uint8", "zero_point": 8}
     assert facts == {
         "bits": 4,
         "container": "float32 and uint8",
         "bytes_per_token": 3 * 32 + 4 * 32,
         "fp16_bytes_per_token": 256,
+        **heads,
         "tensors": {
             "past_key_values.0.key": {"bits": 8, "container": "uint8", "zero_point": 128},
             "past_key_values.0.value": four,
@@ -550,6 +554,37 @@ def test_bundle_of_other_overrides_is_refused(calibrations: Calibrations) -> Non
     other = dataclasses.replace(c, overrides={"layers.0.mlp.down_input": 8})
     with pytest.raises(IntegrityError, match="not built from this calibration"):
         validation.check_belongs(Bundle(Path("x"), config), other)
+
+
+@pytest.mark.parametrize("part", ["prefix KV", "activation scale", "KV scale"])
+def test_bundle_of_a_calibration_that_differs_in_one_number_is_refused(
+    calibrations: Calibrations, tmp_path: Path, part: str
+) -> None:
+    """Prefix KV and scales are not in the prefix's key; bundles of before this check have no other one."""
+    c = calibrations("w4a4")
+    config = {
+        "source": dataclasses.asdict(c.source),
+        "prefix": {"key": c.prefix.key},
+        "precision": str(c.precision),
+        "overrides": {},
+        "calibration_sha256": calibration_sha256(c),
+    }
+    if part == "prefix KV":
+        tensors = {**c.tensors, "layers.1.prefix.value": c.tensors["layers.1.prefix.value"] + np.float16(0.5)}
+        other = dataclasses.replace(c, tensors=tensors)
+    elif part == "activation scale":
+        scales = {**c.activation_scales, "layers.1.mlp.down_input": 2 * c.activation_scales["layers.1.mlp.down_input"]}
+        other = dataclasses.replace(c, activation_scales=scales)
+    else:
+        first, *rest = c.kv_scales["layers.0.self_attn.key"]
+        kv_scales = {**c.kv_scales, "layers.0.self_attn.key": (2 * first, *rest)}
+        other = dataclasses.replace(c, kv_scales=kv_scales)
+    save_calibration(c, tmp_path)
+    validation.check_belongs(Bundle(Path("x"), config), load_calibration(tmp_path))
+    with pytest.raises(IntegrityError, match="not built from this calibration"):
+        validation.check_belongs(Bundle(Path("x"), config), other)
+    older = {name: value for name, value in config.items() if name != "calibration_sha256"}
+    validation.check_belongs(Bundle(Path("x"), older), other)
 
 
 def test_report_tells_what_differs() -> None:

@@ -32,7 +32,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_recipes_that_ship() -> None:
-    assert {"fast", "short", "default", "best", "npu", "npu-w8a8"} == set(recipe_names())
+    assert {"fast", "short", "default", "best", "npu", "npu-w8a8", "npu-w8a8-tuned"} == set(recipe_names())
 
 
 @pytest.mark.parametrize("precision", WEIGHT_ACTIVATION)
@@ -52,11 +52,17 @@ def test_no_name_is_the_default_recipe() -> None:
     assert ("gptq" in dict(load_recipe(None)["steps"])) and "gptq" not in dict(load_recipe("fast")["steps"])
 
 
-@pytest.mark.parametrize(("name", "weight_bits"), [("npu", 4), ("npu-w8a8", 8)])
+@pytest.mark.parametrize(("name", "weight_bits"), [("npu", 4), ("npu-w8a8", 8), ("npu-w8a8-tuned", 8)])
 def test_npu_has_nothing_online(name: str, weight_bits: int) -> None:
     plan = resolve_plan(None, None, load_recipe(name))
     assert (plan.rotate, plan.precision) == ("offline", Precision(weight_bits, 8, 8))
     assert "center" not in dict(plan.steps)  # a vector that is added is an operation too
+
+
+def test_npu_w8a8_tuned_is_npu_w8a8_and_a_step_more() -> None:
+    plain, tuned = load_recipe("npu-w8a8"), load_recipe("npu-w8a8-tuned")
+    assert tuned["steps"][:-1] == plain["steps"] and tuned["steps"][-1][0] == "tune_model"
+    assert {**tuned, "steps": ()} == {**plain, "steps": ()}
 
 
 def test_a_file_may_be_called_by_a_name_without_suffix_only_if_it_is_there(tmp_path: Path) -> None:

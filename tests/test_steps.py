@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from pq_export.calib import steps as module
 from pq_export.calib.checkpoint import load_checkpoint
-from pq_export.calib.pipeline import calibrate
+from pq_export.calib.pipeline import begin, calibrate, quantize_decoder
 from pq_export.calib.steps import STEPS, Phase
+from pq_export.calib.work import WorkDirectory
 from pq_export.calibration import Calibration, load_calibration
 from pq_export.plan import Plan
 from pq_export.simulate import simulated_decoder
@@ -75,6 +79,79 @@ def test_all_block_and_model_steps_in_order(run: Callable[..., Calibration], nam
     assert first.tensors.keys() == again.tensors.keys()
     assert all(np.array_equal(first.tensors[k], again.tensors[k]) for k in first.tensors)
     assert first.activation_scales == again.activation_scales and first.kv_scales == again.kv_scales
+
+
+class Noting(Silent):
+    """Keeps the notes, and how far each stage with a total went: [title, total, advanced]."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.went: list[list[Any]] = []
+
+    def start(self, title: str, total: int | None) -> None:
+        self.went.append([title, total, 0])
+
+    def advance(self, steps: int = 1) -> None:
+        self.went[-1][2] += steps
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(("search_samples", "seen"), [(2, slice(2, 6)), (3, slice(3, 6)), (4, slice(0, 6))])
+def test_smoothing_is_judged_on_crops_that_the_peaks_are_not_of(
+    checkpoint_dir: Callable[[str], Path],
+    small_plan: Callable[..., Plan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    search_samples: int,
+    seen: slice,
+) -> None:
+    """Six crops. Where fewer would be left than judge, the peaks are of all."""
+    crops: dict[str, torch.Tensor] = {}
+
+    def watching(name: str) -> Callable[..., Any]:
+        compute = getattr(module, name)
+
+        def call(decoder: Any, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+            crops[name] = ids
+            return compute(decoder, ids, *args, **options)
+
+        return call
+
+    for name in ("channel_peaks", "find_smoothing"):
+        monkeypatch.setattr(module, name, watching(name))
+    progress = Noting()
+    plan = small_plan("w4a4", prefix="w77 w8 w9", steps=recipe("smooth"), search_samples=search_samples)
+    work = WorkDirectory(tmp_path / "out", plan.fingerprint("tiny"))
+    run = begin(load_checkpoint(str(checkpoint_dir("llama"))), plan, work, Stages(progress))
+    quantize_decoder(run)
+    assert torch.equal(crops["find_smoothing"], run.crops[:search_samples])
+    assert torch.equal(crops["channel_peaks"], run.crops[seen])
+    ((_, total, advanced),) = [stage for stage in progress.went if stage[0] == "smooth"]
+    assert total == advanced == len(run.crops[seen]) + 2  # layers
+
+
+def test_without_a_prefix_its_tuning_is_skipped(
+    checkpoint_dir: Callable[[str], Path],
+    small_plan: Callable[..., Plan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a note, and without a copy of the floating-point model to follow."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("there is no prefix to tune")
+
+    monkeypatch.setattr(module, "tune_prefix", refuse)
+    monkeypatch.setattr(copy, "deepcopy", spy := mock.Mock(wraps=copy.deepcopy))
+    progress = Noting()
+    plan = small_plan("w4a4", prefix="none", steps=recipe("tune_prefix"))
+    checkpoint = load_checkpoint(str(checkpoint_dir("llama")))
+    calibration = calibrate(checkpoint, plan, tmp_path / "out", Stages(progress))
+    assert calibration.prefix.token_ids == () and not [n for n in calibration.tensors if ".prefix." in n]
+    assert [n for n in progress.notes if "tune_prefix" in n and "no prefix" in n]
+    assert not any(call.args[0] is checkpoint.decoder for call in spy.call_args_list)
 
 
 class StopAfter(Silent):

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from pq_export.calib.outliers import compute_prefix_kv
 from pq_export.calib.ranges import collect_ranges
 from pq_export.calib.training import twin
 from pq_export.calib.tune_prefix import PrefixTuningOptions, TrainedPrefix, tune_prefix
-from pq_export.calibration import SITE_OF_LINEAR, SITES
+from pq_export.calibration import KV_SITES, SITE_OF_LINEAR, SITES
 from pq_export.decoder import Decoder
 from pq_export.errors import PqExportError
 from pq_export.quantizer import fake_quantize, scale_from_max
@@ -192,6 +193,20 @@ def test_the_text_can_be_the_target(prepare: Callable[[str], Pair]) -> None:
     assert after < before
 
 
+@pytest.mark.parametrize(("bits", "kv_bits", "lowest"), [(8, 4, 8), (4, 8, 4), (None, 4, 16)])
+def test_bits_of_the_cache_are_none_of_activations(
+    checkpoint_dir: Callable[[str], Path], bits: int | None, kv_bits: int, lowest: int
+) -> None:
+    """They choose the precision of products, and products read no codes of keys and values."""
+    decoder = load_checkpoint(str(checkpoint_dir("llama"))).decoder
+    for layer in decoder.layers:
+        for site in SITES if bits else ():
+            set_site_quantizer(layer, site, StaticQuantizer(torch.tensor(0.1), bits or 0))
+        for site in KV_SITES:
+            set_kv_quantizer(layer, site, torch.tensor([0.1]), kv_bits)
+    assert module.lowest_activation_bits(decoder) == lowest
+
+
 def test_tuning_depends_on_the_seed_alone(prepare: Callable[[str], Pair]) -> None:
     results = []
     for seed in (0, 0, 1):
@@ -217,11 +232,12 @@ def test_bad_input_is_refused(prepare: Callable[[str], Pair]) -> None:
         {"batch": 0},
         {"lr": 0.0},
         {"lr": math.inf},
+        {"target": "nonsense"},
         {"error_weight": -1.0},
         {"gradient_norm": 0.0},
         {"validate_every": 0},
     ],
 )
-def test_bad_options_are_refused(bad: dict[str, float]) -> None:
+def test_bad_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(PqExportError, match=f"prefix tuning: {next(iter(bad))} "):
         PrefixTuningOptions(**bad)

@@ -266,7 +266,8 @@ pq_status launch(int id, const Gemm& problem, int layout, int x_type, cudaStream
         config.stream = stream;
         if (may_start_early(reinterpret_cast<const void*>(decode_kernel<Shape>)))
             attributes[config.numAttrs++] = start_early_attribute();
-        launch.plan.coder = Coder::of(problem.y_scale, problem.y_bits);
+        if (problem.y_type == PQ_S8 || problem.y_type == PQ_S4)  // y_bits says nothing of other types
+            launch.plan.coder = Coder::of(problem.y_scale, problem.y_bits);
         return status_of(cudaLaunchKernelEx(&config, decode_kernel<Shape>, problem, launch.plan));
     });
 }

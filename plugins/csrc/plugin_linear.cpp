@@ -8,7 +8,9 @@
 //     bias     fp32 [N]
 //     y        [..., N]  of x's type, or of output_type where x holds codes
 //
-// All leading dimensions are rows. Tactics are the kernels' tile variants, timed for the rows of a profile's optimum.
+// weights, scale and bias must be constants of the network: nothing in flight on the stream may write them
+// (pq_kernels.h). All leading dimensions are rows. Tactics are the kernels' tile variants, timed for the rows of a
+// profile's optimum.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

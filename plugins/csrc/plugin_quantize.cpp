@@ -4,7 +4,8 @@
 //     RMSNormQuantize           x [..., K], gain fp32 [K] [, residual [..., K]] -> codes [, sum = x + residual]
 //     SiluMulHadamardQuantize   gate [..., K], up [..., K] [, left fp32 [L, L]] -> codes
 //
-// Codes are int8 [..., K], whatever their bits, or int4 (codes_type) for linears of layout s4.
+// Codes are int8 [..., K], whatever their bits, or int4 (codes_type) for linears of layout s4. gain and left must be
+// constants of the network: nothing in flight on the stream may write them (pq_kernels.h).
 #include <cmath>
 #include <cstring>
 
@@ -14,6 +15,7 @@ namespace pq::trt {
 namespace {
 
 constexpr int kMaxInputs = 3;
+constexpr int kMinRight = 4, kMaxRight = 16384, kMaxOrder = 32768;  // of the Hadamard, as silu_hadamard.cu has them
 
 // The quantizer's part of both plugins.
 struct QuantizerAttributes {
@@ -165,10 +167,13 @@ public:
 
     static bool check(Where where, const SiluMulAttributes& a) {
         const bool none = a.left_order == 0 && a.right_order == 0;
-        const bool power = a.right_order > 0 && (a.right_order & (a.right_order - 1)) == 0;
-        if (!none && (a.left_order <= 0 || !power))
-            return !fail(where, "left_order %d, right_order %d: right_order must be a power of two and left_order "
-                                "positive, or both 0 for no Hadamard.", a.left_order, a.right_order);
+        const bool power = a.right_order >= kMinRight && a.right_order <= kMaxRight &&
+                           (a.right_order & (a.right_order - 1)) == 0;
+        const int64_t order = static_cast<int64_t>(a.left_order) * a.right_order;
+        if (!none && (a.left_order <= 0 || !power || order > kMaxOrder))
+            return !fail(where, "left_order %d, right_order %d: right_order must be a power of two from %d to %d and "
+                                "left_order positive, their product at most %d, or both 0 for no Hadamard.",
+                         a.left_order, a.right_order, kMinRight, kMaxRight, kMaxOrder);
         return check_quantizer(where, a);
     }
 

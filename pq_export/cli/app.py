@@ -36,6 +36,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @opt.build_options
+@opt.target_options
 @click.option(
     "-o", "--output", type=opt.path_type, required=False, help="Bundle to write (default: out/NAME-PRECISION)."
 )
@@ -71,6 +72,7 @@ def calibrate(model: str, **flags: Any) -> None:
 @cli.command()
 @click.argument("calibration", type=opt.path_type)
 @opt.build_options
+@opt.target_options
 @click.option("-o", "--output", type=opt.path_type, required=True, help="Bundle to write.")
 @opt.output_options
 @opt.common_options
@@ -138,11 +140,15 @@ def compare(model: str, **flags: Any) -> None:
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0.0, max=1.0, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@opt.device_option
 @opt.threads_option
 @click.option("--chat/--raw", default=None, help="Wrap the prompt in the chat template (default: if there is one).")
 @opt.common_options
 def generate(bundle: Path, **flags: Any) -> None:
-    """Generate text with a bundle in onnxruntime, token by token."""
+    """Generate text with a bundle, token by token.
+
+    In onnxruntime, or with --device cuda in PyTorch with the CUDA kernels ('pq-export plugin build').
+    """
     from pq_export.cli.commands import run_generate
 
     _exit(run_generate(bundle, flags))

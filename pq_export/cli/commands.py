@@ -18,6 +18,7 @@ from pq_export.files import check_output
 from pq_export.plan import PREFIX_ROOM, Plan, resolve_plan
 from pq_export.stages import Stages
 from pq_export.targets import TARGETS, find_target
+from pq_export.targets.base import TargetOptions
 
 PLAN_FLAGS = ("prefix", "rotate", "calib_data", "calib_samples", "seq_len", "seed", "num_layers")
 SAMPLE_PROMPT = "What is the capital of France?"
@@ -27,7 +28,8 @@ SAMPLE_TOKENS = 48
 def run_export(model: str, flags: dict[str, Any]) -> bool:
     """``pq-export MODEL``; returns whether validation passed."""
     plan, target = _plan(flags), find_target(flags["target"])
-    target.form_for(plan.precision, False, flags["form"])
+    options = target_options(flags)
+    target.form_for(plan.precision, False, flags["form"], target.resolve(options, None))
     path = Path(model)
     name = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
     output = flags["output"] or Path("out") / f"{name}-{str(plan.precision).lower()}"
@@ -92,6 +94,7 @@ def run_calibrate(model: str, flags: dict[str, Any]) -> bool:
 def run_build(calibration_directory: Path, flags: dict[str, Any]) -> bool:
     """``pq-export build``."""
     target = find_target(flags["target"])
+    target.resolve(target_options(flags), None)
     calibration = load_calibration(calibration_directory)
     check_output(flags["output"], flags["force"], calibration_directory)
     with Screen(flags["as_json"], flags["verbose"]) as screen:
@@ -195,8 +198,30 @@ def build_bundle(
     from pq_export.build import build
 
     return build(
-        calibration, directory, target, output, stages, form=flags["form"], external_data=flags["external_data"]
+        calibration,
+        directory,
+        target,
+        output,
+        stages,
+        form=flags["form"],
+        external_data=flags["external_data"],
+        options=target_options(flags),
     )
+
+
+def _sm(text: str) -> int:
+    """``87``, ``sm_87``, ``8.7`` or ``90a`` -> 87 or 90; the target knows which there are."""
+    digits = text.lower().removeprefix("sm").removeprefix("_").removesuffix("a").replace(".", "")
+    if not digits.isdecimal():
+        raise UsageError(f"--sm {text} is no compute capability", cure="Write 87 for 8.7.")
+    return int(digits)
+
+
+def target_options(flags: dict[str, Any]) -> TargetOptions:
+    """What the command line asks of the target."""
+    names = ("jetpack", "max_batch_size", "max_input_len", "max_seq_len", "float_type")
+    sms = tuple(_sm(part) for text in flags["sm"] for part in text.replace(",", " ").split())
+    return TargetOptions(sms=sms, **{name: flags[name] for name in names})
 
 
 def _plan(flags: dict[str, Any]) -> Plan:
@@ -321,9 +346,10 @@ def _read_stages(path: Path) -> list[dict[str, Any]]:
 
 
 def check_device(name: str) -> None:
-    """Refuse a PyTorch device that is not there, before any work."""
+    """Refuse a PyTorch device that is not there, before any work. From here on no fp32 product is taken in TF32."""
     import torch
 
+    torch.backends.cuda.matmul.allow_tf32 = False  # whatever the environment says: results are those of a CPU
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("pq-export works on cpu and cuda")
@@ -337,28 +363,28 @@ def check_device(name: str) -> None:
 
 def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | None = None) -> Any:
     """Pieces of text as they are generated; a piece ends where its bytes form whole characters."""
-    from pq_export.runtime import (
-        OrtDecoder,
-        Sampling,
-        generate,
-        load_tokenizer,
-        prompt_ids,
-        session_options,
-        stop_tokens,
-    )
+    from pq_export.execute import open_decoder
+    from pq_export.runtime import Sampling, generate, load_tokenizer, prompt_ids, stop_tokens
 
-    flags = flags or {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None, "threads": None}
+    flags = flags or {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None, "threads": None, "device": "cpu"}
     tokenizer = load_tokenizer(bundle)
     chat = bool(tokenizer.chat_template) if flags["chat"] is None else flags["chat"]
     if chat and not tokenizer.chat_template:
         raise PqExportError("has no chat template", where=bundle.directory, cure="Use --raw.")
     ids = prompt_ids(bundle, tokenizer, prompt, chat)
-    decoder = OrtDecoder(bundle.model_path, session_options(bundle.max_weight_bits, flags["threads"]))
     sampling = Sampling(flags["temperature"], flags["top_p"], flags["seed"])
     room = bundle.config["max_position_embeddings"] - bundle.config["prefix"]["length"] - len(ids)
+    new, stop = min(limit, room), stop_tokens(bundle, tokenizer)
+    if flags["device"] == "cpu":
+        tokens = generate(open_decoder(bundle, flags["threads"]), ids, new, stop, sampling)
+    else:
+        check_device(flags["device"])
+        from pq_export.cuda.generate import generate_on_cuda
+
+        tokens = generate_on_cuda(bundle, ids, new, stop, sampling)
     shown: list[int] = []  # the tokens just printed: some tokenizers strip the space of a text's first token
     pending: list[int] = []
-    for token in generate(decoder, ids, min(limit, room), stop_tokens(bundle, tokenizer), sampling):
+    for token in tokens:
         pending.append(token)
         piece = _piece(tokenizer, shown, pending)
         if not piece.endswith("\ufffd"):

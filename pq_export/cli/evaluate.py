@@ -87,12 +87,11 @@ def _open(what: str, flags: dict[str, Any], stages: Stages) -> Opened:
     """A bundle, a calibration or a checkpoint: whichever ``what`` is."""
     path = Path(what)
     if (path / CONFIG_NAME).is_file():
-        from pq_export.runtime import OrtDecoder, session_options
+        from pq_export.execute import open_decoder
 
         bundle = open_bundle(path)
         with stages.stage("load bundle"):
-            options = session_options(bundle.max_weight_bits, flags["threads"])
-            subject = bundle_subject(what, OrtDecoder(bundle.model_path, options), bundle)
+            subject = bundle_subject(what, open_decoder(bundle, flags["threads"]), bundle)
         prefix = tuple(bundle.config["prefix"]["token_ids"])
         layers = bundle.config["plan"]["num_layers"]
         data = bundle.config["plan"]["calib_data"]

@@ -56,13 +56,18 @@ calibration_options = _stack(
         metavar="FILE|wikitext2|pile|c4[,...]",
         help="Calibration text, or several that take turns (default: a built-in corpus, no download).",
     ),
-    click.option("--calib-samples", type=int, metavar="N", help="Text crops for ranges and outliers (default 32)."),
-    click.option("--seq-len", type=int, metavar="N", help="Tokens a crop (default 512)."),
+    click.option(
+        "--calib-samples",
+        type=int,
+        metavar="N",
+        help="Text crops for ranges and outliers (default: the recipe's; 32 in 'default').",
+    ),
+    click.option("--seq-len", type=int, metavar="N", help="Tokens a crop (default: the recipe's; 2048 in 'default')."),
     click.option("--seed", type=int, help="Seed of crops and rotations (default 0)."),
     click.option("--num-layers", type=int, metavar="N", help="Use only the first N layers: smoke runs."),
     click.option(
         "--recipe",
-        metavar="fast|short|default|best|npu|npu-w8a8|FILE",
+        metavar="fast|short|default|best|npu|npu-w8a8|npu-w8a8-tuned|FILE",
         help="Steps to take, and any of these options, as a YAML file (default: default).",
     ),
     device_option,
@@ -72,10 +77,28 @@ calibration_options = _stack(
 build_options = _stack(
     click.option("--target", default="ort", show_default=True, help="Where the bundle runs: see 'pq-export targets'."),
     click.option(
-        "--form", type=click.Choice(["qdq", "integer"]), help="How linears are written (default: the target's)."
+        "--form",
+        type=click.Choice(["qdq", "integer", "plugin"]),
+        help="How linears are written (default: the target's).",
     ),
     click.option(
         "--external-data/--no-external-data", default=None, help="Weights in a file of their own (default: above 2 GB)."
+    ),
+)
+
+target_options = _stack(
+    click.option(
+        "--sm",
+        multiple=True,
+        metavar="SM",
+        help="GPUs that the bundle is for, such as 87 for Orin (default: the JetPack's, this machine's, else 87).",
+    ),
+    click.option("--jetpack", metavar="6.2|7.1|7.2", help="Refuse what the TensorRT of this JetPack does not take."),
+    click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences at once (default 1)."),
+    click.option("--max-input-len", type=click.IntRange(min=1), help="Tokens of a prompt (default 1024)."),
+    click.option("--max-seq-len", type=click.IntRange(min=2), help="Tokens of prompt and answer (default 4096)."),
+    click.option(
+        "--float-type", type=click.Choice(["fp16", "fp32"]), help="Type of what is not quantized (default fp16)."
     ),
 )
 

@@ -13,7 +13,7 @@ from pq_export.decoder import Decoder, DecoderConfig
 from pq_export.export.fp_graph import OPSET, FPGraph, past_names, present_names
 from pq_export.rewrite.edit import Int4Constant, pack_int4_initializers
 from pq_export.rewrite.hadamards import insert_online_hadamards
-from pq_export.rewrite.kv_cache import quantize_kv_cache
+from pq_export.rewrite.kv_cache import CacheForm, quantize_kv_cache
 from pq_export.rewrite.last_logits import keep_last_logits
 from pq_export.rewrite.linears import quantize_linears
 from pq_export.rewrite.prefix import bake_prefix
@@ -26,14 +26,19 @@ IR_VERSION = 10  # the one of opset 21
 
 
 def quantized_model(
-    fp: FPGraph, calibration: Calibration, form: Form, progress: Callable[[str], None] = lambda name: None
+    fp: FPGraph,
+    calibration: Calibration,
+    form: Form,
+    progress: Callable[[str], None] = lambda name: None,
+    *,
+    cache: CacheForm = CacheForm.UNSIGNED,
 ) -> onnx.ModelProto:
     """Run the passes on ``fp`` (consumed) and return the finished model."""
     c = calibration
     passes: list[tuple[str, Callable[[], None]]] = [
         ("insert online Hadamards", lambda: insert_online_hadamards(fp, c.decoder, c.rotation.online)),
         ("quantize linears", lambda: quantize_linears(fp, c)),
-        ("quantize KV cache", lambda: quantize_kv_cache(fp, c)),
+        ("quantize KV cache", lambda: quantize_kv_cache(fp, c, cache)),
         ("bake prefix", lambda: bake_prefix(fp, c)),
         ("bind parameters", lambda: bind_float_parameters(fp, c.tensors, c.decoder)),
         ("constant reshapes", lambda: make_reshapes_constant(fp)),

@@ -31,14 +31,15 @@ def bake_prefix(fp: FPGraph, calibration: Calibration) -> None:
     batch = add_node(graph, "Shape", [input_ids], "prefix/batch", i64, start=0, end=1)
     ones = gs.Constant("prefix.ones", np.ones(3, np.int64))
     expanded = add_node(graph, "Concat", [batch, ones], "prefix/expanded_shape", i64, axis=0)
+    made = {t.name: t for node in graph.nodes for t in node.outputs}
     for layer, pair in enumerate(prefix):
         for kind, values in zip(("key", "value"), pair, strict=True):
             name = f"layers.{layer}.prefix.{kind}"
             concat = single_node(fp, f"layers.{layer}.self_attn.{kind}_cache", "Concat")
             cached = concat.outputs[0]
-            # At 16 bits attention reads the cache itself, else its DequantizeLinear.
+            # At 16 bits attention reads the cache itself, else what its codes became.
             dequantized = [n for n in cached.outputs if n.op == "DequantizeLinear"]
-            keys = dequantized[0].outputs[0] if dequantized else cached
+            keys = made[f"layers.{layer}.self_attn.{kind}/dequantized"] if dequantized else cached
             readers = list(keys.outputs)
             wide = cast(graph, gs.Constant(name, values[None]), "float32", f"{name}/fp32")
             batched = add_node(graph, "Expand", [wide, expanded], f"{name}/batched", f32)

@@ -21,10 +21,11 @@ import onnx
 import torch
 from torch import Tensor
 
-from pq_export.bundle import Bundle
+from pq_export.bundle import Bundle, calibration_sha256
 from pq_export.calibration import Calibration
 from pq_export.decoder import Decoder
 from pq_export.errors import IntegrityError, PqExportError
+from pq_export.execute import executable_model, open_decoder
 from pq_export.runtime import OrtDecoder, decoder_of, session_options
 from pq_export.simulate import simulated_decoder
 from pq_export.stages import Stages
@@ -75,7 +76,10 @@ def check_belongs(bundle: Bundle, calibration: Calibration) -> None:
     """Refuse a calibration that this bundle was not built from."""
     c, config = calibration, bundle.config
     ours = (config["source"], config["prefix"]["key"], config["precision"], bundle.overrides)
-    if ours != (asdict(c.source), c.prefix.key, str(c.precision), c.overrides):
+    same = ours == (asdict(c.source), c.prefix.key, str(c.precision), c.overrides)
+    if same and "calibration_sha256" in config:  # older bundles do not have it
+        same = config["calibration_sha256"] == calibration_sha256(c)
+    if not same:
         raise IntegrityError(
             "was not built from this calibration", where=bundle.directory, cure="Give the right one with --calib."
         )
@@ -96,8 +100,8 @@ def validate(
             cure="Give a longer --text or fewer --windows.",
         )
     head = torch.from_numpy(work.tokens[: work.compare_tokens])[None]
-    model = onnx.load(bundle.model_path)
-    portable = onnx.load(bundle.model_path)
+    model = executable_model(bundle)
+    portable = executable_model(bundle)
     find_target(bundle.config["target"]).portable(portable)
     simulated = simulated_decoder(calibration)
     bits = {site: calibration.activation_bits(site) for site in calibration.activation_scales}
@@ -108,8 +112,7 @@ def validate(
     with stages.stage("compare fp64 twin"):
         result["exact"] = _exact(portable, calibration, head, bits, work.greedy_steps)
     del model, portable
-    options = session_options(bundle.max_weight_bits, work.threads)
-    graph = OrtDecoder(bundle.model_path, options)
+    graph = open_decoder(bundle, work.threads)
     with stages.stage("compare free running"):
         result["free_running"] = _free_running(graph, simulated, head, work.greedy_steps)
     simulated.to(work.device)
@@ -183,8 +186,7 @@ def _speed(bundle: Bundle, calibration: Calibration, fp: Decoder | None, threads
     from pq_export.export.fp_graph import export_fp_graph
     from pq_export.rewrite.pipeline import float_model
 
-    options = session_options(bundle.max_weight_bits, threads)
-    decoders: dict[str, Any] = {str(calibration.precision): lambda: OrtDecoder(bundle.model_path, options)}
+    decoders: dict[str, Any] = {str(calibration.precision): lambda: open_decoder(bundle, threads)}
     if fp is not None:
         baseline = float_model(export_fp_graph(fp.config), fp)
         decoders = {"fp32 ONNX": lambda: decoder_of(baseline, session_options(threads=threads)), **decoders}

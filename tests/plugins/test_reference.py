@@ -141,6 +141,31 @@ def test_a_hadamard_whose_power_of_two_is_too_small_is_refused() -> None:
         reference.online_hadamard(736)
 
 
+@pytest.mark.parametrize(
+    ("order", "says"),
+    [
+        (32768, "R4 of size 32768 is 1 x 32768, and the kernel needs a power of two from 4 to 16384 on the right"),
+        (49152, "R4 of size 49152 is larger than the kernel's 32768"),
+    ],
+)
+def test_a_hadamard_beyond_the_kernels_limits_is_refused(order: int, says: str) -> None:
+    with pytest.raises(PqExportError, match=says):
+        reference.online_hadamard(order)
+    largest = reference.online_hadamard(16384)
+    assert (largest.left_order, largest.right_order) == (1, 16384)
+
+
+def test_limits_of_the_hadamard_are_the_kernels() -> None:
+    kernel, plugin = ((abi.HEADER.parent / name).read_text() for name in ("silu_hadamard.cu", "plugin_quantize.cpp"))
+    for source in (kernel, plugin):
+        found = {name: int(value) for name, value in re.findall(r"\b(k(?:Min|Max)(?:Right|Order)) = (\d+)", source)}
+        assert found == {
+            "kMinRight": reference.SMALLEST_RIGHT,
+            "kMaxRight": reference.LARGEST_RIGHT,
+            "kMaxOrder": reference.LARGEST_ORDER,
+        }
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dynamic_scales_are_per_row(bits: int) -> None:
     x = random((5, 64)) * np.array([1, 1e3, 1e-3, 0, 1], np.float32)[:, None]

@@ -267,6 +267,9 @@ BAD: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         "pq::SiluMulHadamardQuantize silu: left_order 2 . right_order 32 is not the last dimension of gate, 96",
     ),
     "rotation's power": (on_block(attribute("right_order", 33, "silu")), "right_order must be a power of two"),
+    "rotation's smallest power": (on_block(attribute("right_order", 2, "silu")), "a power of two from 4 to 16384"),
+    "rotation's largest power": (on_block(attribute("right_order", 32768, "silu")), "a power of two from 4 to 16384"),
+    "rotation's size": (on_block(attribute("left_order", 1025, "silu")), "left_order positive, their product at most"),
     "rotation's matrix": (
         on_block(constant("left", np.ones((4, 4), np.float32))),
         r"left is \[4, 4\], .* \[3, 3\]",
