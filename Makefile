@@ -7,13 +7,20 @@ GGUF := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 # CI's exact torch: on Linux the plain name would bring gigabytes of CUDA. The package itself asks for a range.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint model clean
+.PHONY: demo test test-model test-kernels lint model clean
 demo: $(VENV)/.installed $(GGUF)
 	$(BIN)/pq-export $(GGUF) --target ort --w4a4 --recipe fast --force -o out/smollm2-135m-w4a4
 
 test: $(VENV)/.installed $(GGUF) lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow
+	$(MAKE) --jobs 2 --output-sync=target test-model test-kernels
+
+# Half of each is one thread's work.
+test-model: $(VENV)/.installed $(GGUF)
+	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow tests/test_demo_model.py
+
+test-kernels: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow --ignore tests/test_demo_model.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,4 +3,4 @@
 Importing this package imports nothing heavy; each module says in its docstring what it is for.
 """
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

@@ -50,6 +50,11 @@ class Bundle:
         return self.directory / MODEL_NAME
 
     @property
+    def float_type(self) -> str:
+        """Of the graph's arithmetic: "fp32", or "fp16" where a target asked for it."""
+        return str(self.config.get("deploy", {}).get("float_type", "fp32"))
+
+    @property
     def overrides(self) -> dict[str, int]:
         """Bits that differ from the bundle's precision, see :class:`Calibration`; empty in older bundles."""
         return dict(self.config.get("overrides", {}))

@@ -63,7 +63,6 @@ def write_deployment(
     (deploy / "build_engine.sh").write_text(script, encoding="utf-8")
     (deploy / "build_engine.sh").chmod(0o755)
     remaining = "run deploy/build_engine.sh on the board" if is_jetson(options) else "run deploy/build_engine.sh there"
-    stages.progress.note(f"no engine yet: copy the bundle to a machine with SM {_gpus(options)} and {remaining}")
     found: dict[str, Any] = {"deploy": deploy_facts(options, level.name, remaining)}
     if library is not None:
         found["plugin"] = library

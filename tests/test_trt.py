@@ -143,6 +143,15 @@ def test_it_generates_what_the_onnxruntime_bundle_generates(
     assert tokens[0] == tokens[1] and len(set(tokens[0])) > 1
 
 
+def test_it_validates(pq: Runner, bundle_directory: Path, calibration_directory: Path) -> None:
+    """FP16: blocks and perplexity are judged, the twin is not."""
+    arguments = ("--calib", calibration_directory, "--windows", "1", "--window", "64", "--max-ppl-difference", "0.2")
+    result = pq("validate", bundle_directory, *arguments, "--json")
+    assert result.code == 0, result.err
+    names = [check["name"] for check in json.loads(result.out)["checks"]]
+    assert names == ["equal codes, worst site, block by block", "perplexity difference, ONNX to fake-quant"]
+
+
 def test_chat_pieces_are_the_template(bundle_directory: Path) -> None:
     pieces = json.loads((bundle_directory / "deploy" / "chat.json").read_text())
     assert pieces["user"] == ["<user>", "</s>"] and pieces["generation"] == "<assistant>"
@@ -162,6 +171,12 @@ def test_chat_pieces_are_the_template(bundle_directory: Path) -> None:
 def test_who_multiplies(precision: str, sm: int, form: Form) -> None:
     chosen, reason = choose_form(Precision.named(precision), False, TargetOptions(sms=(sm,)))
     assert chosen is form and reason
+
+
+def test_build_says_what_remains(pq: Runner, calibration_directory: Path, tmp_path: Path) -> None:
+    result = pq("build", calibration_directory, "--target", "trt", "--jetpack", "6.2", "-o", tmp_path / "out")
+    assert result.code == 0
+    assert "to a machine with SM 87 and run deploy/build_engine.sh on the board" in result.out
 
 
 REFUSED = [

@@ -68,6 +68,7 @@ def run_export(model: str, flags: dict[str, Any]) -> bool:
             markup=False,
             soft_wrap=True,
         )
+        _print_remaining(bundle)
     return bool(validation["passed"])
 
 
@@ -106,6 +107,7 @@ def run_build(calibration_directory: Path, flags: dict[str, Any]) -> bool:
         print_json({**report, "bundle": str(flags["output"])})
     else:
         print_report(output_console(), report)
+        _print_remaining(bundle)
     return True
 
 
@@ -324,6 +326,15 @@ def refuse_contamination(tokenizer: Any, text: Path | None, calib_data: str, sta
             note=stages.progress.note,
             decode=tokenizer.decode,
         )
+
+
+def _print_remaining(bundle: Bundle) -> None:
+    """What is left to do, where a target cannot finish here."""
+    deploy = bundle.config.get("deploy", {})
+    if deploy.get("remaining"):
+        gpus = ", ".join(map(str, deploy["sms"]))
+        text = f"no engine yet: copy {bundle.directory} to a machine with SM {gpus} and {deploy['remaining']}"
+        output_console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_report(

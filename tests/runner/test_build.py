@@ -88,6 +88,10 @@ def tokenizers_source() -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "PQ_EXPORT_TEST_TOKENIZERS" not in os.environ,
+    reason="PQ_EXPORT_TEST_TOKENIZERS is not set: compiling the tokenizers' source takes five minutes",
+)
 def test_token_ids_are_hugging_faces(tensorrt_include: Path, tokenizers_source: Path, tmp_path: Path) -> None:
     """SmolLM2's tokenizer, from its GGUF: texts through the program's own checks, a prompt through --dry-run."""
     model = os.environ.get("PQ_EXPORT_DEMO_MODEL")
