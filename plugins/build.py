@@ -122,12 +122,18 @@ def built() -> list[Built]:
     return sorted(found, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
 
 
-def find_library(sm: int) -> Path:
-    """The newest library of the present sources that holds kernels for ``sm``."""
+def find_library(*sms: int, plugin: bool = False) -> Path:
+    """The newest library of the present sources that holds kernels for all of ``sms``, and TensorRT's ``plugin``."""
     for entry in built():
-        if sm in entry.sms and entry.current and entry.machine == machine():
+        fits = set(sms) <= set(entry.sms) and (entry.tensorrt is not None or not plugin)
+        if fits and entry.current and entry.machine == machine():
             return entry.path
-    raise PqExportError(f"no library is built for sm_{sm}", cure=f"Build it with: pq-export plugin build --sm {sm}")
+    names = ", ".join(f"sm_{sm}" for sm in sms)
+    flags = " ".join(f"--sm {sm}" for sm in sms) + (" --tensorrt-include DIR" if plugin else "")
+    raise PqExportError(
+        f"no library{' with the TensorRT plugin' if plugin else ''} is built for {names}",
+        cure=f"Build it with: pq-export plugin build {flags}",
+    )
 
 
 def _read(directory: Path) -> Built | None:

@@ -30,7 +30,7 @@ import onnx
 import psutil
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from pq_export.errors import IntegrityError, PqExportError, UsageError
+from pq_export.errors import PqExportError, UsageError
 from pq_export.files import errors_of
 from pq_export.targets.tensorrt_options import Profile
 
@@ -148,7 +148,7 @@ def check_memory(model: Path) -> None:
         raise PqExportError(
             f"building its engine takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free",
             where=model,
-            cure="End other programs, build on a larger machine, or try anyway with --force.",
+            cure="End other programs, or build on a larger machine.",
         )
 
 
@@ -271,24 +271,6 @@ def _loader_environment(rtx: Rtx) -> Iterator[dict[str, str]]:
         yield os.environ | {
             name: os.pathsep.join(filter(None, [path, os.environ.get(name)])) for name, path in paths.items()
         }
-
-
-def check_engine(directory: Path, record: EngineRecord, tensorrt: str | None = None) -> None:
-    """Refuse an engine that is not the one of ``record``, or, with ``tensorrt``, one of another version than that."""
-    path = directory / record.file
-    rebuild = f"Rebuild it with 'pq-export build CALIBRATION --target trt-rtx --sm {record.sm} -o {directory}'"
-    if not path.is_file():
-        raise IntegrityError("is missing", where=path, cure=f"{rebuild}.")
-    if path.stat().st_size != record.bytes or _sha256(path) != record.sha256:
-        raise IntegrityError(
-            "is not the engine that pq_config.json names: its sha256 differs",
-            where=path,
-            cure=f"{rebuild}, or load it all the same with --force.",
-        )
-    if tensorrt is not None and tensorrt != record.tensorrt:
-        raise PqExportError(
-            f"was built with TensorRT for RTX {record.tensorrt}, and this is {tensorrt}", where=path, cure=f"{rebuild}."
-        )
 
 
 def _sha256(path: Path) -> str:

@@ -31,7 +31,7 @@ from pq_export.targets.tensorrt_levels import Level
 from pq_export.targets.tensorrt_options import Profile
 
 JETSONS = (87, 110)  # 64-bit Arm
-BUILD_MEMORY_FACTOR = 6  # memory of an engine build by the size of the file; see docs/tensorrt.md
+BUILD_MEMORY_FACTOR = 6  # memory of an engine build by the size of the file; the same as TensorRT for RTX's, a guess
 TEMPLATES = Path(__file__).with_name("templates")
 SOURCES = ("csrc", "runner")
 CHECKED_TEXTS = (
@@ -59,7 +59,7 @@ def write_deployment(
     copy_sources(directory / "plugin")
     write_text_files(directory, stages)
     library = _add_library(deploy, options) if plugin else None
-    script = _script(config, options, profiles, level, plugin, (directory / "model.onnx").stat().st_size)
+    script = _script(config, options, profiles, level, plugin, _model_bytes(directory))
     (deploy / "build_engine.sh").write_text(script, encoding="utf-8")
     (deploy / "build_engine.sh").chmod(0o755)
     remaining = "run deploy/build_engine.sh on the board" if is_jetson(options) else "run deploy/build_engine.sh there"
@@ -67,6 +67,10 @@ def write_deployment(
     if library is not None:
         found["plugin"] = library
     return found
+
+
+def _model_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("model.onnx*"))
 
 
 def deploy_facts(options: TargetOptions, tensorrt: str, remaining: str | None) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def _add_library(deploy: Path, options: TargetOptions) -> str | None:
     if is_jetson(options) != (platform.machine() == "aarch64"):
         return None
     try:
-        found = find_library(min(options.sms))
+        found = find_library(*options.sms, plugin=True)
     except PqExportError:
         return None
     shutil.copy2(found, deploy / "libpq.so")

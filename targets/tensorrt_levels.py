@@ -45,6 +45,7 @@ class JetPack:
 TENSORRT_10_3 = Level((10, 3), 20)
 TENSORRT_10_13 = Level((10, 13), 22)
 TENSORRT_10_16 = Level((10, 16), 24)
+INT4_OPSET = 21
 OLDEST, NEWEST = TENSORRT_10_3, TENSORRT_10_16
 
 JETPACKS = {
@@ -124,14 +125,24 @@ def find_jetpack(version: str) -> JetPack:
     return JETPACKS[version]
 
 
-def check(model: onnx.ModelProto, level: Level) -> list[Finding]:
-    """What in ``model`` TensorRT ``level`` does not take; empty if nothing."""
-    return [*_opset(model, level), *_nodes(model, level), *_types(model, level), *_quantizers(model)]
+def check(model: onnx.ModelProto, level: Level, *, int4_per_channel: bool = False) -> list[Finding]:
+    """What in ``model`` TensorRT ``level`` does not take; empty if nothing.
+
+    ``int4_per_channel``: whether 4-bit weights may have one scale a channel, as TensorRT for RTX takes them.
+    """
+    return [
+        *_opset(model, level),
+        *_nodes(model, level),
+        *_types(model, level),
+        *_quantizers(model, int4_per_channel),
+    ]
 
 
 def _opset(model: onnx.ModelProto, level: Level) -> Iterator[Finding]:
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset > level.opset:
+    # ONNX has INT4 from opset 21 on, and TensorRT's parsers read its quantizers from 10.0 on.
+    int4 = any(t.data_type == TensorProto.INT4 for t in model.graph.initializer)
+    if opset > max(level.opset, INT4_OPSET if int4 else 0):
         yield Finding("model", "opset", f"{opset}; TensorRT {level.name} reads up to {level.opset}")
     if model.functions:
         yield Finding("model", "functions", "local functions keep the parser from finding the plugin")
@@ -162,8 +173,8 @@ def _types(model: onnx.ModelProto, level: Level) -> Iterator[Finding]:
             yield Finding(value.name, "type", "INT4 inputs and outputs do not exist: use 8-bit containers")
 
 
-def _quantizers(model: onnx.ModelProto) -> Iterator[Finding]:
-    """Zero points are 0, and activations have one scale a tensor."""
+def _quantizers(model: onnx.ModelProto, int4_per_channel: bool) -> Iterator[Finding]:
+    """Zero points are 0, activations have one scale a tensor, and 4-bit weights blocks."""
     constants = {t.name: t for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
@@ -176,5 +187,9 @@ def _quantizers(model: onnx.ModelProto) -> Iterator[Finding]:
             yield Finding(
                 node.name, "granularity", f"activations have one scale, '{scale.name}' has {list(scale.dims)}"
             )
+        weight = constants.get(node.input[0])
+        blocked = any(a.name == "block_size" and a.i for a in node.attribute)
+        if weight is not None and weight.data_type == TensorProto.INT4 and not (blocked or int4_per_channel):
+            yield Finding(node.name, "granularity", "4-bit weights have blocks of 64 or 128, these one scale a channel")
         if node.op_type == "QuantizeLinear" and zero is not None and zero.data_type == TensorProto.INT4:
             yield Finding(node.name, "type", "INT4 is for weights: activations are quantized to INT8 or by the plugin")

@@ -72,11 +72,11 @@ def resolve_lengths(options: TargetOptions, context: int | None) -> TargetOption
 
 
 def profiles(config: dict[str, Any], options: TargetOptions) -> list[Profile]:
-    """Prefill, of an empty cache, and decode, one token behind a cache. ``config``: of the bundle."""
+    """Prefill, of prompts in pieces if they are long, and decode, one token. ``config``: of the bundle."""
     batch, prompt, longest = options.max_batch_size, options.max_input_len, options.max_seq_len
     assert batch and prompt and longest
     middle = max(1, longest // 2)
-    prefill = _profile(config, "prefill", batch, new=(1, max(1, prompt // 2), prompt), past=(0, 0, 0))
+    prefill = _profile(config, "prefill", batch, new=(1, max(1, prompt // 2), prompt), past=(0, 0, longest - prompt))
     decode = _profile(config, "decode", batch, new=(1, 1, 1), past=(1, middle, longest - 1))
     return [prefill, decode]
 

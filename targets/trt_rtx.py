@@ -44,12 +44,16 @@ def _resolve(options: TargetOptions, context: int | None) -> TargetOptions:
 def _choose_form(precision: Precision, has_bias: bool, options: TargetOptions) -> tuple[Form, str]:
     if without := [sm for sm in options.sms if sm not in ARCHITECTURES]:
         return Form.QDQ, f"the plugin has no kernels for SM {without[0]}"
-    return choose_trt_form(precision, has_bias, options)
+    form, reason = choose_trt_form(precision, has_bias, options)
+    if form is Form.PLUGIN:
+        for sm in options.sms:
+            find_library(sm, plugin=True)  # before anything is calibrated
+    return form, reason
 
 
 def _lower(model: onnx.ModelProto, options: TargetOptions) -> onnx.ModelProto:
     model = lower(model, TensorRTForm(max(options.sms), half=options.float_type == "fp16", opset=20))
-    if findings := check(model, NEWEST):
+    if findings := check(model, NEWEST, int4_per_channel=True):
         raise PqExportError(f"TensorRT for RTX does not take this graph: {findings[0]} ({len(findings)} findings)")
     return model
 
@@ -62,7 +66,7 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
     if config["form"] == Form.PLUGIN.value:
         for sm in options.sms:
             libraries[sm] = directory / "deploy" / f"libpq-sm{sm}.so"
-            shutil.copy2(find_library(sm), str(libraries[sm]))
+            shutil.copy2(find_library(sm, plugin=True), str(libraries[sm]))
     records: list[EngineRecord] = []
     with stages.stage("build engines", len(options.sms)) as advance:
         for sm in options.sms:

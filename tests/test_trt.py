@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import stat
 import subprocess
 from collections.abc import Callable
@@ -108,7 +110,8 @@ def test_the_script_builds_what_the_flags_say(bundle_directory: Path) -> None:
     shapes = re.findall(r"--(min|opt|max)Shapes=(\S+)", text)
     assert [kind for kind, _ in shapes] == ["min", "opt", "max"] * 2
     prefill, decode = (dict(part.split(":") for part in shapes[i][1].split(",")) for i in (2, 5))
-    assert prefill["input_ids"] == "2x16" and prefill["past_key_values.1.value"] == "2x2x0x16"
+    assert prefill["input_ids"] == "2x16" and prefill["past_key_values.1.value"] == "2x2x32x16"
+    assert prefill["attention_mask"] == "2x48"
     assert decode["input_ids"] == "2x1" and decode["attention_mask"] == "2x48"
     assert decode["past_key_values.0.key"] == "2x2x47x16"
     assert "--dynamicPlugins=deploy/libpq.so" in text and "--stronglyTyped" in text and "87-real" in text
@@ -118,6 +121,36 @@ def test_the_script_says_what_is_missing(bundle_directory: Path) -> None:
     script = bundle_directory / "deploy" / "build_engine.sh"
     done = subprocess.run([str(script)], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr == "build_engine.sh: no trtexec. Install TensorRT, or set TRTEXEC.\n"
+
+
+def test_the_script_compiles_the_plugin_and_calls_trtexec(bundle_directory: Path, tmp_path: Path) -> None:
+    """With stand-ins for CMake and trtexec that write down what they were called with."""
+    bundle, tools, log = tmp_path / "bundle", tmp_path / "tools", tmp_path / "log"
+    shutil.copytree(bundle_directory, bundle)
+    tools.mkdir()
+    for name in ("cmake", "trtexec"):
+        (tools / name).write_text(
+            f"""#!/usr/bin/env bash
+echo "{name} $*" >> {log}
+case "$*" in
+  *plugin/runner*) mkdir -p plugin/runner/build; : > plugin/runner/build/pq-run ;;
+  *"--build plugin/build"*) mkdir -p plugin/build; : > plugin/build/libpq.so ;;
+esac
+[ {name} = cmake ] || echo engine > deploy/model.engine
+"""
+        )
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "TENSORRT_INCLUDE": "/headers"}
+    script = [str(bundle / "deploy" / "build_engine.sh"), "--verbose"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    configure, compiled, trtexec, *_ = log.read_text().splitlines()
+    assert configure.startswith("cmake -S plugin -B plugin/build") and "-DPQ_TENSORRT_INCLUDE=/headers" in configure
+    assert compiled.startswith("cmake --build plugin/build")
+    assert trtexec.startswith("trtexec --onnx=model.onnx") and trtexec.endswith("--skipInference --verbose")
+    digest = hashlib.sha256(b"engine\n").hexdigest()
+    assert (bundle / "deploy" / "model.engine.sha256").read_text().split()[0] == digest
+    assert (bundle / "deploy" / "libpq.so").is_file() and (bundle / "deploy" / "pq-run").is_file()
 
 
 def test_profiles_are_of_the_graphs_inputs(bundle_directory: Path) -> None:
@@ -149,7 +182,11 @@ def test_it_validates(pq: Runner, bundle_directory: Path, calibration_directory:
     result = pq("validate", bundle_directory, *arguments, "--json")
     assert result.code == 0, result.err
     names = [check["name"] for check in json.loads(result.out)["checks"]]
-    assert names == ["equal codes, worst site, block by block", "perplexity difference, ONNX to fake-quant"]
+    assert names == [
+        "equal codes, worst site, block by block",
+        "largest difference of codes, block by block",
+        "perplexity difference, ONNX to fake-quant",
+    ]
 
 
 def test_chat_pieces_are_the_template(bundle_directory: Path) -> None:
@@ -180,6 +217,7 @@ def test_build_says_what_remains(pq: Runner, calibration_directory: Path, tmp_pa
 
 
 REFUSED = [
+    (("--target", "trt", "--jetpack", "6.2", "--form", "qdq"), 1, "4-bit weights have blocks of 64 or 128"),
     (("--target", "trt", "--sm", "88"), 2, "unknown SM '88'"),
     (("--target", "trt", "--sm", "orin"), 2, "--sm orin is no compute capability"),
     (("--target", "trt", "--jetpack", "5.1"), 2, "unknown JetPack '5.1'"),

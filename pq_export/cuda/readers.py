@@ -1,6 +1,6 @@
 """A :class:`Source` from a bundle's ONNX or from a :class:`Calibration`.
 
-A bundle is read by the names of its initializers (:mod:`pq_export.rewrite`), in any form of ``pq::QLinear``.
+A bundle that onnxruntime runs is read by the names of its initializers (:mod:`pq_export.rewrite`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pq_export.bundle import Bundle
 from pq_export.calibration import KV_SITES, SITES, Calibration, input_site
 from pq_export.cuda.source import Sizes, Source
 from pq_export.decoder import RotaryTable
-from pq_export.errors import IntegrityError
+from pq_export.errors import IntegrityError, PqExportError
 from pq_export.precision import Precision
 from pq_export.quantizer import unpack_int4
+from pq_export.targets import find_target
 
 FLOAT_SUFFIXES = (".weight", ".key_offset", "norm.bias", ".prefix.key", ".prefix.value")
 
@@ -64,6 +65,12 @@ def bundle_source(bundle: Bundle) -> Source:
     Sizes follow from shapes; the norms' epsilon is read from the bundle's ``config.json``.
     """
     where = bundle.model_path
+    if not find_target(bundle.config["target"]).native:
+        raise PqExportError(
+            f"its graph is for target {bundle.config['target']}",
+            where=bundle.directory,
+            cure="Build the calibration with --target ort.",
+        )
     model = onnx.load(where)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     precision, overrides = Precision.parse(bundle.config["precision"]), bundle.overrides

@@ -45,7 +45,7 @@ def to_half(model: onnx.ModelProto) -> None:
                 keep.add(name)
             else:
                 node.input[position] = halves.setdefault(name, f"{name}/fp16")
-                if node.op_type in ("QuantizeLinear", "DequantizeLinear") and position == 1:
+                if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Div") and position == 1:
                     _check_scale(constant)
         nodes.extend(_with_casts(node, wide))
     made = [_half(constants[name], twin) for name, twin in halves.items()]

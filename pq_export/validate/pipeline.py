@@ -40,7 +40,8 @@ from pq_export.validate.widen import widen
 FP, FP_PREFIX, FAKE_QUANT, ONNX = "FP", "FP + prefix", "fake-quant", "ONNX"
 PROMPT_TOKENS = 16
 MAX_TWIN_PPL_DIFFERENCE = 1e-3
-ROUNDED_CODE_SHARE = 0.99  # a value lies within 2^-11 of a tie that often, at 8 bits; SmolLM2 in W4A4 has 0.9986
+# With FP16 constants a code of 127 moves by 127 * 2^-11 = 0.06 for each of them: seldom at 4 bits, 2 % of codes at 8.
+ROUNDED_CODE_SHARE = 0.95
 SPEED_PROMPT, SPEED_STEPS = 512, 32
 
 
@@ -195,6 +196,10 @@ def _speed(bundle: Bundle, calibration: Calibration, fp: Decoder | None, threads
     return compare_speed(decoders, calibration.decoder.vocab_size, min(SPEED_PROMPT, room), SPEED_STEPS)
 
 
+def _largest(result: dict[str, Any]) -> int:
+    return max((site["max_difference"] for site in result["blocks"]["sites"].values()), default=0)
+
+
 def checks(result: dict[str, Any], limits: Limits, rounded: bool = False) -> list[dict[str, Any]]:
     """Each judged figure with its limit.
 
@@ -212,7 +217,7 @@ def checks(result: dict[str, Any], limits: Limits, rounded: bool = False) -> lis
     share = min(limits.min_code_share, ROUNDED_CODE_SHARE) if rounded else limits.min_code_share
     found = [
         ("equal codes, worst site, block by block", result["blocks"]["min_equal"], share, True),
-        *([] if rounded else twin),
+        *([("largest difference of codes, block by block", _largest(result), 1, False)] if rounded else twin),
         ("perplexity difference, ONNX to fake-quant", difference, limits.max_ppl_difference, False),
     ]
     if limits.max_ppl_ratio is not None and rows[ONNX]["ratio"] is not None:

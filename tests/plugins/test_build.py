@@ -88,7 +88,11 @@ def test_a_second_build_reuses_the_first(tools: Path, pq: Runner, tmp_path: Path
     assert pq("plugin", "build", "--sm", "80").code == 0 and len(calls(tools)) == 4
     listed = json.loads(pq("plugin", "list", "--json").out)
     assert sorted(entry["sms"] for entry in listed) == [[80], [86, 90]] and all(entry["current"] for entry in listed)
-    assert find_library(90) == path
+    assert find_library(90) == find_library(86, 90) == path
+    with pytest.raises(PqExportError, match="for sm_80, sm_90.*plugin build --sm 80 --sm 90"):
+        find_library(80, 90)
+    with pytest.raises(PqExportError, match="with the TensorRT plugin is built for sm_90.*--tensorrt-include DIR"):
+        find_library(90, plugin=True)
     table = pq("plugin", "list").out
     assert str(path) in table and "sm_86, sm_90" in table
 
@@ -105,7 +109,7 @@ def test_what_a_library_depends_on_makes_a_new_one(
         "#define NV_TENSORRT_MAJOR 10 //!< x\n#define NV_TENSORRT_MINOR 3\n#define NV_TENSORRT_PATCH 0\n",
     )
     with_plugin = build([86], tensorrt_include=headers)
-    assert with_plugin.tensorrt == "10.3.0"
+    assert with_plugin.tensorrt == "10.3.0" and find_library(86, plugin=True) == with_plugin.path
     paths.append(with_plugin.path)
     assert f"-DPQ_TENSORRT_INCLUDE={headers}" in calls(tools)[-2]
     copy = tmp_path / "sources"
