@@ -89,9 +89,9 @@ def test_a_second_build_reuses_the_first(tools: Path, pq: Runner, tmp_path: Path
     listed = json.loads(pq("plugin", "list", "--json").out)
     assert sorted(entry["sms"] for entry in listed) == [[80], [86, 90]] and all(entry["current"] for entry in listed)
     assert find_library(90) == find_library(86, 90) == path
-    with pytest.raises(PqExportError, match="for sm_80, sm_90.*plugin build --sm 80 --sm 90"):
+    with pytest.raises(PqExportError, match=r"for sm_80, sm_90.*plugin build --sm 80 --sm 90"):
         find_library(80, 90)
-    with pytest.raises(PqExportError, match="with the TensorRT plugin is built for sm_90.*--tensorrt-include DIR"):
+    with pytest.raises(PqExportError, match=r"with the TensorRT plugin is built for sm_90.*--tensorrt-include DIR"):
         find_library(90, plugin=True)
     table = pq("plugin", "list").out
     assert str(path) in table and "sm_86, sm_90" in table
