@@ -12,15 +12,15 @@ demo: $(VENV)/.installed $(GGUF)
 	$(BIN)/pq-export $(GGUF) --target ort --w4a4 --recipe fast --force -o out/smollm2-135m-w4a4
 
 test: $(VENV)/.installed $(GGUF) lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 20
 	$(MAKE) --jobs 2 --output-sync=target test-model test-kernels
 
 # Half of each is one thread's work.
 test-model: $(VENV)/.installed $(GGUF)
-	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow tests/test_demo_model.py
+	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations 12 tests/test_demo_model.py
 
 test-kernels: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow --ignore tests/test_demo_model.py
+	$(BIN)/python -m pytest -m slow --durations 6 --ignore tests/test_demo_model.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ def pq(*arguments: object) -> Any:
 def recipe_file(folder: Path, **content: object) -> Path:
     """A recipe (JSON is YAML) with a smaller search than the defaults: minutes matter in CI."""
     path = folder / "recipe.yaml"
-    path.write_text(json.dumps({"seq_len": 256, "search_samples": 4, "search_seq_len": 128, **content}))
+    path.write_text(json.dumps({"seq_len": 256, "search_seq_len": 128, **content}))
     return path
 
 
@@ -48,7 +48,8 @@ def recipe_file(folder: Path, **content: object) -> Path:
 def w4a4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """W4A4KV4 with GPTQ on little text; one window of perplexity."""
     folder = tmp_path_factory.mktemp("w4a4")
-    recipe = recipe_file(folder, steps=["center", "clip_search", {"gptq": {"samples": 4, "refine": 1}}])
+    steps = ["center", "clip_search", {"gptq": {"samples": 4, "refine": 1}}]
+    recipe = recipe_file(folder, calib_samples=12, search_samples=2, steps=steps)
     return pq(MODEL, "--target", "ort", "--w4a4", "--recipe", recipe, "--windows", 1, "-o", folder / "out")
 
 
@@ -56,7 +57,7 @@ def w4a4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def w8a8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """W8A8KV8, rounded to nearest, with its speed."""
     folder = tmp_path_factory.mktemp("w8a8")
-    recipe = recipe_file(folder, calib_samples=16, steps=["clip_search"])
+    recipe = recipe_file(folder, calib_samples=12, search_samples=2, steps=["clip_search"])
     return pq(MODEL, "--w8a8", "--recipe", recipe, "--windows", 1, "--speed", "-o", folder / "out")
 
 
@@ -125,7 +126,7 @@ def test_every_quantized_linear_runs_in_an_integer_kernel(w8a8: dict[str, Any], 
 
 def test_static_w4a4_needs_the_prefix(w4a4: dict[str, Any], tmp_path: Path) -> None:
     """Same window, no prefix, rounded to nearest: more than twice as bad."""
-    recipe = recipe_file(tmp_path, calib_samples=8, steps=["clip_search"])
+    recipe = recipe_file(tmp_path, calib_samples=6, search_samples=2, steps=["clip_search"])
     pq("calibrate", MODEL, "--w4a4", "--prefix", "none", "--recipe", recipe, "-o", tmp_path / "calib")
     simulated = simulated_decoder(load_calibration(tmp_path / "calib"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "calib" / "tokenizer")
