@@ -64,7 +64,10 @@ struct Codes {
         }
     }
     __device__ __forceinline__ void store(size_t at, const uint32_t (&c)[kUnitValues / 2]) const {
-        const uint32_t bytes = pack_bytes(c[0], c[1], c[2], c[3]);
+        store_four(at, pack_bytes(c[0], c[1], c[2], c[3]));
+    }
+    // Four codes, a byte each.
+    __device__ __forceinline__ void store_four(size_t at, uint32_t bytes) const {
         if (packed) {
             *reinterpret_cast<uint16_t*>(static_cast<char*>(data) + at / 2) =
                 static_cast<uint16_t>(__byte_perm(pair_nibbles(bytes), 0, 0x0020));

@@ -103,7 +103,8 @@ int pq_rmsnorm_quantize(const void* x, int x_type, const void* residual, void* s
  * to [left_order, right_order], fast Hadamard over right_order (a power of two) times 1/sqrt(K), then the matrix
  * `left` fp32 [left_order, left_order] from the left: result[i, :] = sum_j left[i, j] * tile[j, :]. Its entries are
  * +-1, or, where no Hadamard matrix of that order is known, blocks of +-sqrt(left_order / block). gate and
- * up have row stride ldg elements (both halves of one [M, 2K] product can be given). */
+ * up have row stride ldg elements (both halves of one [M, 2K] product can be given). With many rows and left_order
+ * 28, left must be +-1, sums are of values rounded to two bf16 (2^-17), and codes are rint(sum * (norm / scale)). */
 int pq_silu_mul_quantize(const void* gate, const void* up, int ldg, int x_type, int left_order, int right_order,
                          const float* left, const float* shift, float scale, void* codes, int codes_type, int bits,
                          int M, int K, void* stream);

@@ -5,11 +5,14 @@
 // thread. What is left is a small dense product, 8 x 4 results a thread. With few tokens several CTAs share one: each
 // transforms all of it, which is short, and multiplies its own rows, which is not.
 //
+// Prefill has a kernel of its own where R4 is 28 x 512 or 28 x 1024: silu_hadamard_rows.cuh.
+//
 // Limits: K up to 32768, and 4 K bytes of shared memory a block must exist (K <= 25344 on sm_86, 89 and 120);
 // right_order from 4 to 16384.
 #include <cmath>
 
 #include "codes.cuh"
+#include "silu_hadamard_rows.cuh"
 
 namespace pq {
 namespace {
@@ -234,10 +237,37 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
+// Whether the kernel for many tokens takes this problem, and if so with what status. Its left factor must be +-1, as
+// that of order 28 is.
+template <typename T>
+bool launch_many_rows(const SiluMul<T>& source, const float* left, int left_order, int right_order, float scale,
+                      void* codes, int codes_type, int bits, int M, int K, void* stream,
+                      pq_status& status) {
+    if constexpr (sizeof(T) == 2) {
+        const int sms = device_attribute(cudaDevAttrMultiProcessorCount);
+        if (M < sms / 2 || left_order != 28 || (right_order != 512 && right_order != 1024)) return false;
+        if (K > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / static_cast<int>(sizeof(float)))
+            return false;
+        const auto encoder = many_rows::Encoder::of(scale, bits, 1.0 / std::sqrt(static_cast<double>(K)));
+        const auto launch = [&](auto shape) {
+            status = many_rows::launch<decltype(shape)>(source.gate, source.up, source.ldg, left, encoder,
+                                                        Codes{codes, codes_type == PQ_S4}, M, stream);
+            return true;
+        };
+        if (right_order == 512) return launch(many_rows::Shape<7, 9, 2, true>{});
+        return launch(many_rows::Shape<7, 10, 2, false>{});
+    }
+    return false;
+}
+
 template <typename T>
 pq_status launch_hadamard(const SiluMul<T>& source, const float* left, int left_order, int right_order,
                           const float* shift, float scale, void* codes, int codes_type, int bits, int M, int K,
                           void* stream) {
+    pq_status status;
+    if (!shift &&
+        launch_many_rows(source, left, left_order, right_order, scale, codes, codes_type, bits, M, K, stream, status))
+        return status;
     // Four rows a thread where tokens are few: more CTAs can share one.
     const int sms = device_attribute(cudaDevAttrMultiProcessorCount), rows_a_thread = M >= sms / 2 ? 8 : 4;
     const int row_blocks = (left_order + rows_a_thread - 1) / rows_a_thread;

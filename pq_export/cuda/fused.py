@@ -42,20 +42,16 @@ class FusedAttention:
         """As :meth:`EagerAttention.prefill`."""
         w, s = self.weights, self.weights.sizes
         batch, new, p = *qkv.shape[:2], w.prefix_length
-        layer = w.layers[index]
-        q = qkv.new_empty(batch, s.num_heads, p + new, s.head_dim)
+        q = qkv.new_empty(batch, p + new, s.num_heads, s.head_dim)  # SDPA's result lies as q does: a row a token
         k, v = (qkv.new_empty(batch, s.num_kv_heads, p + new, s.head_dim) for _ in range(2))
-        if p:
-            q[:, :, :p].zero_()
-            k[:, :, :p], v[:, :, :p] = layer.prefix_key, layer.prefix_value
         self._rope_store(index, qkv, q, k, v)
-        return causal_attention(q, k, v, p)
+        return causal_attention(q.transpose(1, 2), k, v, p)
 
     def step(self, index: int, qkv: Tensor, site: Site | None = None) -> Tensor:
         """As :meth:`EagerAttention.step`."""
         w, cache, s, layer = self.weights, self.cache, self.weights.sizes, self.weights.layers[index]
         batch = len(qkv)
-        q = qkv.new_empty(batch, s.num_heads, 1, s.head_dim)
+        q = qkv.new_empty(batch, 1, s.num_heads, s.head_dim)
         self._rope_store(index, qkv[:, None], q, None, None)
         attend[(batch * s.num_kv_heads, self._splits)](
             q,
@@ -100,18 +96,20 @@ class FusedAttention:
         return out
 
     def _rope_store(self, index: int, qkv: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
-        """q [B, H, p + S or 1, D]; k and v likewise where their values are wanted."""
+        """q [B, p + S or 1, H, D]; k and v [B, G, p + S, D] where their values are wanted, and then all p + S."""
         w, cache, s, layer = self.weights, self.cache, self.weights.sizes, self.weights.layers[index]
         batch, new = qkv.shape[:2]
         block = MIN_DOT if new == 1 else BLOCK
         unused: Any = q  # a pointer that no kernel follows
-        rope_store[(s.num_heads + 2 * s.num_kv_heads, -(-batch * new // block))](
+        rope_store[(s.num_heads + 2 * s.num_kv_heads, max(-(-batch * new // block), batch))](
             qkv,
             q,
             unused if k is None else k,
             unused if v is None else v,
             cache.keys[index],
             cache.values[index],
+            layer.prefix_key,
+            layer.prefix_value,
             w.cos,
             w.sin,
             cache.length,
@@ -123,8 +121,8 @@ class FusedAttention:
             layer.value.scale,
             batch * new,
             new,
-            q.shape[2],
-            q.shape[2] - new,
+            q.shape[1],
+            q.shape[1] - new,
             cache.capacity,
             s.rms_norm_eps,
             w.r3_factor,
@@ -142,6 +140,7 @@ class FusedAttention:
             K_FORM=int(cache.key_formats[index]),
             V_FORM=int(cache.value_formats[index]),
             KEEP=k is not None,
+            PREFIX_BLOCK=max(_power_of_two(w.prefix_length), MIN_DOT),
             **self._options,
         )
 

@@ -70,18 +70,49 @@ def _store_new(
 
 
 @triton.jit
+def _store_prefix(
+    q_out, k_out, v_out, prefix_key, prefix_value, head, d, sequences, out_rows,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PREFIX: tl.constexpr,
+    PREFIX_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head of the prefix in front of sequence program_id(1): keys or values, or zeros for its queries."""
+    DH: tl.constexpr = D // 2
+    t = tl.arange(0, PREFIX_BLOCK)
+    sequence = (tl.program_id(1) + tl.zeros((PREFIX_BLOCK,), tl.int32)).to(tl.int64)
+    mask = ((t < PREFIX) & (sequence < sequences))[:, None] & (d < DH)[None, :]
+    if head < H:
+        at = q_out + ((sequence * out_rows + t) * H + head)[:, None] * D + d[None, :]
+        nothing = tl.zeros((PREFIX_BLOCK, HALF), q_out.dtype.element_ty)
+        tl.store(at, nothing, mask=mask)
+        tl.store(at + DH, nothing, mask=mask)
+    elif head < H + G:
+        g = head - H
+        held = prefix_key + (g * PREFIX + t)[:, None] * D + d[None, :]
+        at = k_out + ((sequence * G + g) * out_rows + t)[:, None] * D + d[None, :]
+        tl.store(at, tl.load(held, mask=mask, other=0.0), mask=mask)
+        tl.store(at + DH, tl.load(held + DH, mask=mask, other=0.0), mask=mask)
+    else:
+        g = head - H - G
+        held = prefix_value + (g * PREFIX + t)[:, None] * D + d[None, :]
+        at = v_out + ((sequence * G + g) * out_rows + t)[:, None] * D + d[None, :]
+        tl.store(at, tl.load(held, mask=mask, other=0.0), mask=mask)
+        tl.store(at + DH, tl.load(held + DH, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
 def rope_store(
-    qkv, q_out, k_out, v_out, k_cache, v_cache, cos, sin, length, r3, q_gain, k_gain, key_offset, k_scale, v_scale,
-    tokens, seq, out_rows, out_start, capacity, eps, r3_factor,
+    qkv, q_out, k_out, v_out, k_cache, v_cache, prefix_key, prefix_value, cos, sin, length, r3, q_gain, k_gain,
+    key_offset, k_scale, v_scale, tokens, seq, out_rows, out_start, capacity, eps, r3_factor,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     PREFIX: tl.constexpr, R3: tl.constexpr, QK_NORM: tl.constexpr, OFFSET: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_FORM: tl.constexpr, V_FORM: tl.constexpr, KEEP: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PREFIX_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK tokens: norm, RoPE and R3 of a query or key; codes of a key or value into the cache.
 
-    qkv [tokens, (H + 2 G) D], tokens = B * seq. q_out [B, H, out_rows, D] from row out_start on, and k_out, v_out
-    [B, G, out_rows, D] likewise where KEEP. Caches [B, G, capacity, D or D / 2] from row length[0] on.
+    qkv [tokens, (H + 2 G) D], tokens = B * seq. q_out [B, out_rows, H, D] from row out_start on. Caches [B, G,
+    capacity, D or D / 2] from row length[0] on. Where KEEP, k_out and v_out [B, G, out_rows, D] likewise, and in the
+    rows before all three the prefix [G, p, D], zeros for q.
     """
     _start(OVERLAP)
     DH: tl.constexpr = D // 2
@@ -91,6 +122,12 @@ def rope_store(
     mask = (row < tokens)[:, None] & (d < DH)[None, :]
     batch, token = (row // seq).to(tl.int64), row % seq
     start = tl.load(length)
+    if KEEP:  # noqa: SIM102  (decided when compiling)
+        if PREFIX > 0:
+            _store_prefix(
+                q_out, k_out, v_out, prefix_key, prefix_value, head, d, tokens // seq, out_rows, H, G, D, HALF, PREFIX,
+                PREFIX_BLOCK,
+            )  # fmt: skip
     at = qkv + row.to(tl.int64)[:, None] * ((H + 2 * G) * D) + head * D + d[None, :]
     low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(at + DH, mask=mask, other=0.0).to(tl.float32)
@@ -123,7 +160,7 @@ def rope_store(
         else:
             low, high = first, second
     if head < H:
-        at = q_out + ((batch * H + head) * out_rows + out_start + token)[:, None] * D + d[None, :]
+        at = q_out + ((batch * out_rows + out_start + token) * H + head)[:, None] * D + d[None, :]
         tl.store(at, low.to(q_out.dtype.element_ty), mask=mask)
         tl.store(at + DH, high.to(q_out.dtype.element_ty), mask=mask)
     elif head < H + G:

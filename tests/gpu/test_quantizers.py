@@ -148,6 +148,37 @@ def test_online_hadamard(library: Library, codes_type: Type, bits: int, order: i
         assert_equal_up_to_ties(codes_in(out, codes_type, order), v, scale, bits, TRANSFORM_TIE)
 
 
+@pytest.mark.parametrize("order", [14336, 28672])
+@codes_types
+def test_online_hadamard_of_many_rows(library: Library, codes_type: Type, bits: int, order: int) -> None:
+    """The kernel for prefill, which 28 x 512 and 28 x 1024 have: rows for one round of CTAs, and for more."""
+    arguments = reference.online_hadamard(order)
+    left = torch.from_numpy(arguments.left).cuda()
+    for M, dtype in ((301, torch.float16), (150, torch.bfloat16)):
+        both = random((M, 2 * order), dtype, 2.0, seed=M)
+        both[0, :order] = 200.0  # one large row of sums, and gates that are their own silu
+        both[1, :order] = -200.0  # and 0
+        gate, up = both[:, :order], both[:, order:]
+        v = reference.silu_mul(wide(gate), wide(up), arguments.left)
+        scale = float(np.abs(v[1:]).max()) / (code_range(bits)[1] + 0.5)
+        for halves in ((gate, up), (gate.contiguous(), up.contiguous())):
+            out = output(M, order, codes_type)
+            library.silu_mul_quantize(*halves, scale, bits, codes_type, left=left, out=out.tensor)
+            codes = codes_in(out, codes_type, order)
+            assert_equal_up_to_ties(codes[1:], v[1:], scale, bits, TRANSFORM_TIE)
+            assert (codes[0] != reference.quantize(v[:1], scale, bits)[0]).mean() < TRANSFORM_TIE
+
+
+def test_rows_do_not_depend_on_how_many_there_are(library: Library) -> None:
+    """Few rows and many take different kernels: codes agree but where a value lies at a rounding boundary."""
+    both = random((200, 2 * 14336), torch.float16, 2.0)
+    left = torch.from_numpy(reference.online_hadamard(14336).left).cuda()
+    many = library.silu_mul_quantize(both[:, :14336], both[:, 14336:], 0.5, 4, left=left)
+    few = library.silu_mul_quantize(both[:3, :14336], both[:3, 14336:], 0.5, 4, left=left)
+    apart = (many[:3].int() - few.int()).abs()
+    assert apart.max() <= 1 and apart.float().mean() < 1e-3
+
+
 @dtypes
 @codes_types
 @sizes
@@ -168,11 +199,12 @@ def test_dynamic_rows_of_zeros(library: Library) -> None:
 
 
 def test_repeats_give_one_result(library: Library) -> None:
-    both = random((33, 2 * 14336), torch.float16, 2.0)
+    both = random((150, 2 * 14336), torch.float16, 2.0)
     left = torch.from_numpy(reference.online_hadamard(14336).left).cuda()
     x, first = random((33, 4096), torch.float16), []
     for _ in range(100):
         results = [
+            library.silu_mul_quantize(both[:33, :14336], both[:33, 14336:], 0.1, 8, left=left),
             library.silu_mul_quantize(both[:, :14336], both[:, 14336:], 0.1, 8, left=left),
             library.rmsnorm_quantize(x, 0.03, 8)[0],
             library.quantize_dynamic(x, 8)[0],

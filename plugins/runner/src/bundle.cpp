@@ -12,7 +12,7 @@ namespace pq::runner {
 namespace {
 
 constexpr int kSchemaVersion = 1;
-const char kRebuild[] = "Build it again on this machine: deploy/build_engine.sh.";
+const char kRtx[] = "trt-rtx";
 
 // A file that pq_config.json lists must be the listed one; one that it does not list need not be there.
 void check_listed(const Bundle& bundle, const Json& files, const std::string& name) {
@@ -53,7 +53,21 @@ void read_special_tokens(Bundle& bundle) {
         bundle.stop.insert(model.at("vocab").at(eos).get<int64_t>());
 }
 
+// A path has a folder; pq-export 0.5 wrote the library's checksum there.
+std::string library_of(const Json& engine) {
+    const Json named = engine.value("plugin", Json());
+    const std::string path = named.is_string() ? named.get<std::string>() : "";
+    return path.find('/') == std::string::npos ? "" : path;
+}
+
+std::string listed(const std::vector<EngineRecord>& engines) {
+    std::string text;
+    for (const EngineRecord& engine : engines) text += (text.empty() ? "" : ", ") + engine.file;
+    return text;
+}
+
 void read_config(Bundle& bundle, const Json& config) {
+    bundle.target = config.value("target", "");
     bundle.precision = config.at("precision").get<std::string>();
     bundle.prefix_ids = config.at("prefix").at("token_ids").get<std::vector<int64_t>>();
     if (config.contains("bos_token_id") && !config.at("bos_token_id").is_null())
@@ -61,7 +75,7 @@ void read_config(Bundle& bundle, const Json& config) {
     bundle.max_position_embeddings = config.at("max_position_embeddings").get<int64_t>();
     for (const Json& engine : config.value("engines", Json::array()))
         bundle.engines.push_back({engine.at("file").get<std::string>(), engine.value("sha256", ""),
-                                  engine.value("tensorrt", "")});
+                                  engine.value("tensorrt", ""), library_of(engine), engine.value("sm", 0)});
     bundle.plugin = config.value("plugin", "");
 }
 
@@ -95,45 +109,61 @@ Bundle open_bundle(const std::string& directory) {
     return bundle;
 }
 
-std::string engine_path(const Bundle& bundle, const std::string& given) {
-    std::string path = given;
-    if (path.empty()) {
-        if (bundle.engines.size() > 1)
-            throw Error("the bundle lists " + std::to_string(bundle.engines.size()) + " engines", bundle.directory,
-                        "Choose one with --engine.");
-        path = bundle.path(bundle.engines.empty() ? "deploy/model.engine" : bundle.engines[0].file);
+std::string Bundle::rebuild() const {
+    if (target == kRtx) return "Build it for this version: pq-export build CALIBRATION --target trt-rtx.";
+    return "Build it again on this machine: deploy/build_engine.sh.";
+}
+
+std::string engine_path(const Bundle& bundle, const std::string& given, int sm) {
+    const auto& engines = bundle.engines;
+    std::string path = given.empty() ? bundle.path("deploy/model.engine") : given;
+    if (given.empty() && !is_file(path) && !engines.empty()) {
+        const auto fits = [&](const EngineRecord& engine) { return sm != 0 && engine.sm == sm; };
+        auto found = std::find_if(engines.begin(), engines.end(), fits);
+        if (found == engines.end() && engines.size() == 1 && (sm == 0 || engines[0].sm == 0)) found = engines.begin();
+        if (found == engines.end())
+            throw Error("none of the bundle's engines (" + listed(engines) + ") is for " +
+                            (sm ? "this GPU, SM " + std::to_string(sm) : "an unknown GPU"),
+                        bundle.directory, bundle.rebuild() + " Or name one with --engine.");
+        path = bundle.path(found->file);
     }
-    if (!is_file(path)) throw Error("there is no engine", path, "Build it on this machine: deploy/build_engine.sh.");
+    if (!is_file(path)) throw Error("there is no engine", path, bundle.rebuild());
     return path;
 }
 
-std::string plugin_path(const Bundle& bundle, const std::string& given) {
-    if (!given.empty() || !bundle.plugin.empty()) {
-        const std::string path = given.empty() ? bundle.path(bundle.plugin) : given;
-        if (!is_file(path))
-            throw Error("there is no plugin library", path, "Build it: pq-export plugin build --sm SM.");
-        return path;
+std::string plugin_path(const Bundle& bundle, const std::string& engine, const std::string& given) {
+    std::string path = given;
+    if (path.empty()) {
+        const std::string named = engine_record(bundle, engine).plugin;
+        if (!named.empty() || !bundle.plugin.empty()) path = bundle.path(named.empty() ? bundle.plugin : named);
     }
-    const std::string path = bundle.path("deploy/libpq.so");
-    return is_file(path) ? path : "";
+    if (path.empty()) {
+        path = bundle.path("deploy/libpq.so");
+        return is_file(path) ? path : "";
+    }
+    if (!is_file(path)) throw Error("there is no plugin library", path, "Build it: pq-export plugin build --sm SM.");
+    return path;
 }
 
 EngineRecord engine_record(const Bundle& bundle, const std::string& path) {
     for (const EngineRecord& record : bundle.engines)
-        if (bundle.path(record.file) == path) return record;
-    EngineRecord record{path, "", ""};
+        if (same_file(bundle.path(record.file), path)) return record;
+    EngineRecord record;
+    record.file = path;
     if (is_file(path + ".sha256")) std::istringstream(read_file(path + ".sha256")) >> record.sha256;
+    if (is_file(path + ".tensorrt")) std::istringstream(read_file(path + ".tensorrt")) >> record.tensorrt;
     return record;
 }
 
-void check_engine(const EngineRecord& record, const std::string& path, const std::string& found, bool force) {
+void check_engine(const Bundle& bundle, const EngineRecord& record, const std::string& path, const std::string& found,
+                  bool force) {
     if (force || record.sha256 == found) return;
+    const std::string cure = bundle.rebuild() + " --force loads it all the same.";
     if (record.sha256.empty())
-        throw Error("the engine has no recorded checksum, neither in pq_config.json nor in a .sha256 file", path,
-                    std::string(kRebuild) + " --force loads it all the same.");
+        throw Error("the engine has no recorded checksum, neither in pq_config.json nor in a .sha256 file", path, cure);
     throw Error("the engine was altered, its SHA-256 begins with " + found.substr(0, 12) + ", recorded is " +
                     record.sha256.substr(0, 12),
-                path, std::string(kRebuild) + " --force loads it all the same.");
+                path, cure);
 }
 
 std::vector<int64_t> prompt_ids(const Bundle& bundle, std::vector<int64_t> ids) {

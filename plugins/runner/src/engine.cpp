@@ -15,7 +15,6 @@ using nvinfer1::OptProfileSelector;
 
 namespace {
 
-const char kRebuild[] = "Build it again on this machine: deploy/build_engine.sh.";
 const char kNumLogits[] = "num_logits_to_keep";
 
 int64_t bits_of(DataType type) {
@@ -42,7 +41,8 @@ bool begins_with(const std::string& text, const char* with) { return text.rfind(
 
 }  // namespace
 
-EngineDecoder::EngineDecoder(const Bundle& bundle, const EngineOptions& options) : where_(options.engine) {
+EngineDecoder::EngineDecoder(const Bundle& bundle, const EngineOptions& options)
+    : where_(options.engine), rebuild_(bundle.rebuild()) {
     size_t total = 0;
     check_cuda(cudaMemGetInfo(&free_before_, &total), "asking for the GPU's memory");
     load(bundle, options);
@@ -53,17 +53,17 @@ EngineDecoder::EngineDecoder(const Bundle& bundle, const EngineOptions& options)
 void EngineDecoder::load(const Bundle& bundle, const EngineOptions& options) {
     const MappedFile file(where_);
     const EngineRecord record = engine_record(bundle, where_);
-    check_engine(record, where_, sha256(file.data(), file.size()), options.force);
+    check_engine(bundle, record, where_, sha256(file.data(), file.size()), options.force);
     tensorrt_ = std::make_unique<TensorRT>(options.tensorrt_library);
     const std::string& version = tensorrt_->version();
     if (!record.tensorrt.empty() && !begins_with(record.tensorrt + ".", (version + ".").c_str()) && !options.force)
-        throw Error("the engine was built by TensorRT " + record.tensorrt + ", this is " + version, where_, kRebuild);
+        throw Error("the engine was built by TensorRT " + record.tensorrt + ", this is " + version, where_, rebuild_);
     if (!options.plugin.empty()) tensorrt_->load_plugins(options.plugin);
     engine_.reset(tensorrt_->runtime().deserializeCudaEngine(file.data(), file.size()));
     if (!engine_)
         throw Error("TensorRT " + version + " cannot load the engine, which another version or GPU may have built" +
                         tensorrt_->logger().take_error(),
-                    where_, kRebuild);
+                    where_, rebuild_);
     context_.reset(engine_->createExecutionContext());
     if (!context_)
         throw Error("TensorRT cannot make room to run the engine" + tensorrt_->logger().take_error(), where_,
@@ -77,7 +77,7 @@ void EngineDecoder::read_tensors() {
         const DataType type = engine_->getTensorDataType(name.c_str());
         const Dims dims = engine_->getTensorShape(name.c_str());
         if (name == "input_ids" || name == "attention_mask" || name == "position_ids" || name == kNumLogits) {
-            if (type != DataType::kINT64) throw Error("input " + name + " is not int64", where_, kRebuild);
+            if (type != DataType::kINT64) throw Error("input " + name + " is not int64", where_, rebuild_);
             if (name != kNumLogits) {
                 ++whole;
                 continue;
@@ -92,7 +92,7 @@ void EngineDecoder::read_tensors() {
             const bool as_expected = dims.nbDims == 4 && dims.d[1] > 0 && dims.d[2] == -1 && dims.d[3] > 0;
             if (!as_expected || bits_of(type) == 0 || engine_->getTensorDataType(present.c_str()) != type)
                 throw Error("input " + name + " is not a cache [batch, heads, past, width] with the output " + present,
-                            where_, kRebuild);
+                            where_, rebuild_);
             tensors_.push_back({name, present, dims.d[1], dims.d[3], bits_of(type)});
         } else if (!begins_with(name, "present.")) {
             throw Error("pq-run does not know the engine's tensor " + name, where_,
@@ -121,7 +121,7 @@ void EngineDecoder::read_profiles(const Bundle& bundle, const EngineOptions& opt
         max_input_ = std::max(max_input_, std::min(profile.tokens[1], profile.all[1]));
         profiles_.push_back(profile);
     }
-    if (most < 2) throw Error("no profile of the engine allows one token behind a prompt", where_, kRebuild);
+    if (most < 2) throw Error("no profile of the engine allows one token behind a prompt", where_, rebuild_);
     if (options.max_seq_len > most)
         throw Error("--max-seq-len is " + std::to_string(options.max_seq_len) + ", but the engine holds " +
                         std::to_string(most) + " tokens",
@@ -159,7 +159,7 @@ void EngineDecoder::use_profile(int64_t tokens) {
         const int candidate = tokens == 1 ? count - 1 - i : i;
         if (!profiles_[candidate].fits(cache_->batch(), tokens, cache_->length())) continue;
         if (candidate != current_profile_ && !context_->setOptimizationProfileAsync(candidate, stream_.get()))
-            throw Error("TensorRT refuses the profile" + tensorrt_->logger().take_error(), where_, kRebuild);
+            throw Error("TensorRT refuses the profile" + tensorrt_->logger().take_error(), where_, rebuild_);
         current_profile_ = candidate;
         return;
     }
@@ -172,7 +172,7 @@ void EngineDecoder::set_input(const char* name, std::initializer_list<int64_t> s
     if (!context_->setInputShape(name, dims_of(shape)) ||
         !context_->setTensorAddress(name, const_cast<void*>(address)))
         throw Error(std::string("TensorRT refuses the input ") + name + tensorrt_->logger().take_error(), where_,
-                    kRebuild);
+                    rebuild_);
 }
 
 void EngineDecoder::bind(int64_t tokens) {
@@ -187,13 +187,13 @@ void EngineDecoder::bind(int64_t tokens) {
                   sets_[cache_->past_set()][i].data());
         if (!context_->setTensorAddress(tensor.present.c_str(), sets_[cache_->present_set()][i].data()))
             throw Error("TensorRT refuses the output " + tensor.present + tensorrt_->logger().take_error(), where_,
-                        kRebuild);
+                        rebuild_);
     }
     // Without num_logits_to_keep the engine writes the logits of every token.
     const int64_t rows = limits_logits_ ? 1 : tokens;
     logits_.reserve(static_cast<size_t>(batch * rows * vocabulary_ * bits_of(logits_type_) / 8), "the logits");
     if (!context_->setTensorAddress("logits", logits_.data()))
-        throw Error("TensorRT refuses the output logits" + tensorrt_->logger().take_error(), where_, kRebuild);
+        throw Error("TensorRT refuses the output logits" + tensorrt_->logger().take_error(), where_, rebuild_);
 }
 
 const float* EngineDecoder::step(const std::vector<int64_t>& ids) {
@@ -215,7 +215,7 @@ const float* EngineDecoder::step(const std::vector<int64_t>& ids) {
 
     bind(tokens);
     if (!context_->enqueueV3(stream_.get()))
-        throw Error("the engine does not run" + tensorrt_->logger().take_error(), where_, kRebuild);
+        throw Error("the engine does not run" + tensorrt_->logger().take_error(), where_, rebuild_);
     const float* const logits = copy_logits();
     cache_->advance(tokens);
     return logits;
@@ -227,7 +227,7 @@ const float* EngineDecoder::copy_logits() {
     const int64_t rows = shape.nbDims == 3 ? shape.d[1] : 0;
     const size_t row = static_cast<size_t>(vocabulary_ * bits_of(logits_type_) / 8);
     if (rows < 1 || static_cast<size_t>(batch * rows) * row > logits_.size())
-        throw Error("the logits have not the expected shape", where_, kRebuild);
+        throw Error("the logits have not the expected shape", where_, rebuild_);
     host_logits_.reserve(static_cast<size_t>(batch) * row, "the logits");
     const auto* const last = static_cast<const char*>(logits_.data()) + static_cast<size_t>(rows - 1) * row;
     check_cuda(cudaMemcpy2DAsync(host_logits_.data(), row, last, static_cast<size_t>(rows) * row, row,

@@ -55,7 +55,8 @@ private:
     void bind(int64_t tokens);
     const float* copy_logits();
 
-    std::string where_;  // the engine's file, for messages
+    std::string where_;    // the engine's file, for messages
+    std::string rebuild_;  // and how to get another one
     size_t free_before_ = 0;
     std::unique_ptr<TensorRT> tensorrt_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;

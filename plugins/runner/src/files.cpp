@@ -18,6 +18,12 @@ bool is_file(const std::string& path) {
     return stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
 }
 
+bool same_file(const std::string& a, const std::string& b) {
+    struct stat one {}, other {};
+    return stat(a.c_str(), &one) == 0 && stat(b.c_str(), &other) == 0 && one.st_dev == other.st_dev &&
+           one.st_ino == other.st_ino;
+}
+
 std::string join(const std::string& directory, const std::string& name) {
     if (directory.empty() || name.rfind('/', 0) == 0) return name;
     return directory.back() == '/' ? directory + name : directory + "/" + name;

@@ -10,6 +10,8 @@ namespace pq::runner {
 using Json = nlohmann::json;
 
 bool is_file(const std::string& path);
+// Whether both paths lead to one file that exists.
+bool same_file(const std::string& a, const std::string& b);
 // "directory/name"; `name` as it is where it is absolute or `directory` is empty.
 std::string join(const std::string& directory, const std::string& name);
 

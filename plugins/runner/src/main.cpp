@@ -14,6 +14,7 @@
 #include "chat.h"
 #include "engine.h"
 #include "error.h"
+#include "tensorrt_library.h"
 #include "tokenizer.h"
 #include "utf8.h"
 
@@ -48,8 +49,8 @@ std::string prompt_text(const Arguments& arguments, const Bundle& bundle) {
 
 EngineDecoder load_engine(const Arguments& arguments, const Bundle& bundle) {
     EngineOptions options;
-    options.engine = engine_path(bundle, arguments.engine);
-    options.plugin = plugin_path(bundle, arguments.plugin);
+    options.engine = engine_path(bundle, arguments.engine, current_sm());
+    options.plugin = plugin_path(bundle, options.engine, arguments.plugin);
     options.tensorrt_library = arguments.tensorrt_library;
     options.max_seq_len = arguments.max_seq_len;
     options.force = arguments.force;

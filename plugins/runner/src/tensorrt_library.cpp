@@ -25,11 +25,17 @@ Function* symbol(void* library, const char* name, const std::string& path) {
     return function;
 }
 
-std::string current_gpu() {
+// TensorRT for RTX counts its own versions, from 1 on; TensorRT that this program compiles for begins at 10.
+constexpr bool kForRtx = NV_TENSORRT_MAJOR < 10;
+
+bool current_properties(cudaDeviceProp& properties) {
     int device = 0;
+    return cudaGetDevice(&device) == cudaSuccess && cudaGetDeviceProperties(&properties, device) == cudaSuccess;
+}
+
+std::string current_gpu() {
     cudaDeviceProp properties{};
-    if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess)
-        return "this GPU";
+    if (!current_properties(properties)) return "this GPU";
     return std::string(properties.name) + ", sm_" + std::to_string(properties.major * 10 + properties.minor);
 }
 
@@ -53,7 +59,8 @@ std::string Logger::take_error() {
 }
 
 TensorRT::TensorRT(const std::string& library) {
-    const std::string path = library.empty() ? "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR) : library;
+    const std::string usual = kForRtx ? "libtensorrt_rtx.so." : "libnvinfer.so.";
+    const std::string path = library.empty() ? usual + std::to_string(NV_TENSORRT_MAJOR) : library;
     void* const opened = open_library(path, "Install TensorRT, or name the library with --tensorrt-library.");
     const int found = symbol<int32_t()>(opened, "getInferLibVersion", path)();
     version_ = std::to_string(found / 10000) + "." + std::to_string(found / 100 % 100) + "." +
@@ -75,6 +82,11 @@ void TensorRT::load_plugins(const std::string& path) {
     if (!runtime_->getPluginRegistry().loadLibrary(full.c_str()))
         throw Error("TensorRT does not take the plugin library" + logger_.take_error(), path,
                     "Build it with TensorRT's headers: pq-export plugin build --sm SM --tensorrt-include DIR.");
+}
+
+int current_sm() {
+    cudaDeviceProp properties{};
+    return current_properties(properties) ? properties.major * 10 + properties.minor : 0;
 }
 
 void check_plugin_library(const std::string& path) {

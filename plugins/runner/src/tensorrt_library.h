@@ -21,7 +21,8 @@ private:
 
 class TensorRT {
 public:
-    // `library`: a path, or empty for libnvinfer.so of the version of the headers. Error: it cannot be loaded.
+    // `library`: a path, or empty for the library of the headers: libnvinfer.so.10, or libtensorrt_rtx.so.1 where they are
+    // those of TensorRT for RTX. Error: it cannot be loaded, or is another one's.
     explicit TensorRT(const std::string& library);
 
     nvinfer1::IRuntime& runtime() { return *runtime_; }
@@ -35,6 +36,9 @@ private:
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::string version_ = "unknown";
 };
+
+// Compute capability of the current GPU, 87 for 8.7; 0 where there is none.
+int current_sm();
 
 // Error unless libpq.so has this program's interface and kernels for the current GPU.
 void check_plugin_library(const std::string& path);
