@@ -58,25 +58,28 @@ MEMORY_PER_NODE = 300_000
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One engine of a bundle, as ``pq_config.json`` holds it.
+    """One engine of a bundle, of either TensorRT, as ``pq_config.json`` holds it.
 
-    ``file`` and ``layers`` are paths inside the bundle. Of its ``bytes``, ``weight_bytes`` are constants, most others
-    kernels. ``seconds`` and ``peak_rss`` (bytes) are of the process that built it. ``tensorrt``: the version, which has
-    to be that of the machine that runs it. ``plugin``: sha256 of ``libpq.so``, None for an engine of TensorRT's own
-    layers. ``counts``: type of layer -> how many, over all profiles.
+    ``file``, ``layers`` and ``plugin``, the library that the engine needs, are paths inside the bundle; the latter is
+    None for an engine of TensorRT's own layers, and for a library elsewhere. Of its ``bytes``, ``weight_bytes`` are
+    constants, most others kernels; None: unknown. ``seconds`` and ``peak_rss`` (bytes) are of the process that built
+    it. ``tensorrt``: the version, which has to be that of the machine that runs it. ``counts``: type of layer -> how
+    many. ``comparison``: what an engine that was run differed by from onnxruntime.
     """
 
     sm: int
     file: str
     sha256: str
     bytes: int
-    weight_bytes: int
+    weight_bytes: int | None
     seconds: float
     peak_rss: int
     tensorrt: str
     plugin: str | None
+    plugin_sha256: str | None
     layers: str
     counts: dict[str, int] = field(default_factory=dict)
+    comparison: dict[str, Any] | None = None
 
     @property
     def plugin_layers(self) -> int:
@@ -161,7 +164,6 @@ def build_engines(
     progress: Callable[[str], None] = lambda _: None,
     *,
     timeout: float = TIMEOUT,
-    unchecked_memory: bool = False,
     failed_logs: Path | None = None,
 ) -> list[EngineRecord]:
     """One engine for each of ``sms`` in ``directory/engines``, each with all ``profiles``, in their order.
@@ -177,17 +179,25 @@ def build_engines(
     for path in (model, library):
         if path is not None and not path.is_file():
             raise PqExportError("is not a file", where=path)
-    if not unchecked_memory:
-        check_memory(model)
-    plugin = None if library is None else _sha256(library)
+    check_memory(model)
+    facts = _library_facts(library, directory)
     records = []
     with errors_of(directory), _loader_environment(rtx) as environment:
         (directory / ENGINES).mkdir(parents=True, exist_ok=True)
         for sm in dict.fromkeys(sms):
             progress(f"engine for SM{sm}")
             log = (failed_logs or directory / ENGINES) / f"sm{sm}.log"
-            records.append(_build_engine(model, directory, sm, profiles, library, plugin, log, environment, timeout))
+            records.append(_build_engine(model, directory, sm, profiles, library, facts, log, environment, timeout))
     return records
+
+
+def _library_facts(library: Path | None, directory: Path) -> dict[str, Any]:
+    """``plugin`` and ``plugin_sha256`` of an :class:`EngineRecord`."""
+    inside = library is not None and library.is_relative_to(directory)
+    return {
+        "plugin": library.relative_to(directory).as_posix() if library is not None and inside else None,
+        "plugin_sha256": library and _sha256(library),
+    }
 
 
 def _build_engine(
@@ -196,7 +206,7 @@ def _build_engine(
     sm: int,
     profiles: Sequence[Profile],
     library: Path | None,
-    plugin: str | None,
+    facts: dict[str, Any],
     log: Path,
     environment: dict[str, str],
     timeout: float,
@@ -214,28 +224,37 @@ def _build_engine(
             "result": str(part / "result"),
         }
         (part / "request").write_text(json.dumps(request), encoding="utf-8")
-        answer = _run_worker(part / "request", part / "result", log, sm, environment, timeout)
-        if "error" in answer:
-            where = f"engine for SM{sm}" + (f", {answer['where']}" if answer["where"] else "")
-            raise PqExportError(answer["error"].rstrip(". "), where=where, cure=f"{answer['cure']} The log: {log}.")
-        record = EngineRecord(
-            sm=sm, file=engine, layers=layers, sha256=_sha256(part / "engine"), plugin=plugin, **answer
+        where, title = f"engine for SM{sm}", "TensorRT for RTX"
+        answer = run_worker(
+            WORKER, part / "request", log, where=where, title=title, environment=environment, timeout=timeout
         )
+        record = EngineRecord(sm=sm, file=engine, layers=layers, sha256=_sha256(part / "engine"), **facts, **answer)
         shutil.move(log, directory / ENGINES / f"sm{sm}.log")
         (part / "layers").replace(directory / layers)
         (part / "engine").replace(directory / engine)
     return record
 
 
-def _run_worker(
-    request: Path, result: Path, log: Path, sm: int, environment: dict[str, str], timeout: float
+def run_worker(
+    worker: Path,
+    request: Path,
+    log: Path,
+    *,
+    where: str,
+    title: str,
+    environment: dict[str, str],
+    timeout: float,
 ) -> dict[str, Any]:
-    """The worker's answer; a process that gives none is one line that names the log."""
-    where, see = f"engine for SM{sm}", f"The log: {log}."
+    """What the program ``worker`` writes to the file that its ``request`` calls ``result``; its output goes to ``log``.
+
+    Raises :class:`PqExportError`, one line that names ``where`` and the log, for a process that answers with an error
+    or not at all. ``title``: what it runs. ``timeout``: seconds.
+    """
+    see, result = f"The log: {log}.", Path(json.loads(request.read_text(encoding="utf-8"))["result"])
     with log.open("wb") as output:
         try:
             done = subprocess.run(
-                [sys.executable, str(WORKER), str(request)],
+                [sys.executable, str(worker), str(request)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -249,12 +268,15 @@ def _run_worker(
         number = -done.returncode
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         why = ", which the kernel sends when memory runs out" if number == signal.SIGKILL else ""
-        raise PqExportError(f"TensorRT for RTX ended by {name}{why}", where=where, cure=see)
+        raise PqExportError(f"{title} ended by {name}{why}", where=where, cure=see)
     if done.returncode or not result.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1] if lines else f"exit code {done.returncode}"
-        raise PqExportError(f"TensorRT for RTX failed: {last[:300]}", where=where, cure=see)
+        raise PqExportError(f"{title} failed: {last[:300]}", where=where, cure=see)
     answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in answer:
+        named = f"{where}, {answer['where']}" if answer["where"] else where
+        raise PqExportError(answer["error"].rstrip(". "), where=named, cure=f"{answer['cure']} {see}")
     return answer
 
 

@@ -63,7 +63,7 @@ def write_deployment(
     (deploy / "build_engine.sh").write_text(script, encoding="utf-8")
     (deploy / "build_engine.sh").chmod(0o755)
     remaining = "run deploy/build_engine.sh on the board" if is_jetson(options) else "run deploy/build_engine.sh there"
-    found: dict[str, Any] = {"deploy": deploy_facts(options, level.name, remaining)}
+    found: dict[str, Any] = {"deploy": deploy_facts(config, options, level.name, remaining)}
     if library is not None:
         found["plugin"] = library
     return found
@@ -73,8 +73,15 @@ def _model_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("model.onnx*"))
 
 
-def deploy_facts(options: TargetOptions, tensorrt: str, remaining: str | None) -> dict[str, Any]:
-    """What the bundle is for. ``remaining``: what is left to do before it runs."""
+def deploy_facts(
+    config: dict[str, Any], options: TargetOptions, tensorrt: str, remaining: str | None
+) -> dict[str, Any]:
+    """What the bundle is for. ``remaining``: what is left to do before it runs.
+
+    ``cache_copied_bytes``: what a step writes of past keys and values, with a full cache and the largest batch.
+    """
+    assert options.max_batch_size and options.max_seq_len
+    copied = config["kv_cache"]["bytes_per_token"] * (options.max_seq_len - 1) * options.max_batch_size
     return {
         "sms": list(options.sms),
         "jetpack": options.jetpack,
@@ -84,6 +91,7 @@ def deploy_facts(options: TargetOptions, tensorrt: str, remaining: str | None) -
         "max_input_len": options.max_input_len,
         "max_seq_len": options.max_seq_len,
         "cache_updates": "copied: each step writes present, past and the new tokens, to another buffer",
+        "cache_copied_bytes": copied,
         "remaining": remaining,
     }
 

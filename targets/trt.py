@@ -1,7 +1,8 @@
 """NVIDIA TensorRT: Jetson and data-centre GPUs, from 10.3 (JetPack 6.2) on.
 
 Engines are built where they run. A bundle holds the graph as TensorRT's parser reads it, the plugin's sources and what
-turns both into an engine (:mod:`pq_export.targets.tensorrt_deploy`).
+turns both into an engine (:mod:`pq_export.targets.tensorrt_deploy`); on a machine with such a GPU and TensorRT also the
+engine (:mod:`pq_export.targets.trt_engine`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pq_export.targets.tensorrt_deploy import write_deployment
 from pq_export.targets.tensorrt_form import TensorRTForm, executable, lower
 from pq_export.targets.tensorrt_levels import check
 from pq_export.targets.tensorrt_options import level_of, profiles, resolve_gpu
+from pq_export.targets.trt_engine import build_here
 
 INT4_TENSOR_CORES = range(80, 90)
 INT4_BLOCK = 64  # the smallest block of TensorRT's 4-bit weights
@@ -74,7 +76,14 @@ def _lower(model: onnx.ModelProto, options: TargetOptions) -> onnx.ModelProto:
 
 
 def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, stages: Stages) -> dict[str, Any]:
-    return write_deployment(directory, config, options, profiles(config, options), level_of(options), stages)
+    level = level_of(options)
+    found = write_deployment(directory, config, options, profiles(config, options), level, stages)
+    engine = build_here(directory, config, options, level, stages)
+    if engine is not None:
+        found["engines"] = [engine.to_dict()]
+        if {engine.sm} == set(options.sms):
+            found["deploy"]["remaining"] = None
+    return found
 
 
 TRT = Target(

@@ -82,7 +82,7 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
             advance()
     found: dict[str, Any] = {
         "engines": [record.to_dict() for record in records],
-        "deploy": deploy_facts(options, f"for RTX {records[0].tensorrt}", None),
+        "deploy": deploy_facts(config, options, f"for RTX {records[0].tensorrt}", None),
     }
     if config["form"] == Form.PLUGIN.value and len(options.sms) == 1:
         found["plugin"] = f"deploy/libpq-sm{options.sms[0]}.so"

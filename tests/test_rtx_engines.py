@@ -77,7 +77,8 @@ def test_engines_of_two_profiles_for_two_gpus(package: Path, tmp_path: Path) -> 
     assert [r.sm for r in records] == [86, 120] and notes == ["engine for SM86", "engine for SM120"]
     assert records[0].sha256 != records[1].sha256
     for record in records:
-        assert record.tensorrt == rtx.version and record.plugin is None and not record.plugin_layers
+        assert record.tensorrt == rtx.version and record.plugin is record.plugin_sha256 is None
+        assert not record.plugin_layers and record.comparison is None
         assert record.bytes == (tmp_path / "bundle" / record.file).stat().st_size > INNER * OUT
         assert INNER * OUT <= record.weight_bytes < record.bytes
         assert record.peak_rss > 2**20 and record.seconds > 0
@@ -93,8 +94,12 @@ def test_engines_of_two_profiles_for_two_gpus(package: Path, tmp_path: Path) -> 
 def test_an_engine_with_the_plugin(package: Path, plugin_library: Path, tmp_path: Path) -> None:  # noqa: F811
     onnx.save(linears(86), tmp_path / "model.onnx")
     profile = Profile("all", {"x": sizes(1, 4, 8, inner=96), "z": sizes(1, 4, 8)})
-    (record,) = build_engines(tmp_path / "model.onnx", tmp_path, [86], [profile], plugin_library)
-    assert record.plugin_layers == 4 and record.plugin is not None and len(record.plugin) == 64
+    (tmp_path / "deploy").mkdir()
+    library = tmp_path / "deploy/libpq.so"
+    library.symlink_to(plugin_library)
+    (record,) = build_engines(tmp_path / "model.onnx", tmp_path, [86], [profile], library)
+    assert record.plugin_layers == 4 and record.plugin_sha256 is not None and len(record.plugin_sha256) == 64
+    assert record.plugin == "deploy/libpq.so"
     layers = json.loads((tmp_path / record.layers).read_text())
     assert {n for layer in layers if layer["type"] == "custom_layer" for n in layer["onnx"]} == {
         "q",
@@ -232,8 +237,9 @@ def test_memory_is_estimated_before(
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**28))
     with pytest.raises(PqExportError, match=r"about 0\.\d GiB of memory, 0\.2 are free\. "):
         build_engines(model, tmp_path, [86], [PREFILL])
+    monkeypatch.setattr(rtx_engines, "needed_memory", lambda model: 2**28)  # as much as is free
     with pytest.raises(PqExportError, match="last words"):
-        build_engines(model, tmp_path, [86], [PREFILL], unchecked_memory=True)
+        build_engines(model, tmp_path, [86], [PREFILL])
 
 
 SHAPES = {"x": (-1, -1, 64), "fixed": (1, 2)}

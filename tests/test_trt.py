@@ -84,6 +84,9 @@ def test_the_bundle_is_whole(bundle_directory: Path) -> None:
     assert (deploy["jetpack"], deploy["tensorrt"], deploy["sms"]) == ("6.2", "10.3", [87])
     assert bundle.config["form"] == "plugin" and "int4 tensor cores" in bundle.config["form_reason"]
     assert bundle.config["kv_cache"]["container"] == "int8"
+    assert (
+        deploy["cache_copied_bytes"] == 2 * 2 * 2 * 16 * 47 * 2
+    )  # layers, keys and values, heads, head_dim, past, batch
     linears = next(part for part in bundle.config["sizes"] if part["part"] == "quantized linears")
     assert linears["parameters"] == 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
 
@@ -213,7 +216,8 @@ def test_who_multiplies(precision: str, sm: int, form: Form) -> None:
 def test_build_says_what_remains(pq: Runner, calibration_directory: Path, tmp_path: Path) -> None:
     result = pq("build", calibration_directory, "--target", "trt", "--jetpack", "6.2", "-o", tmp_path / "out")
     assert result.code == 0
-    assert "to a machine with SM 87 and run deploy/build_engine.sh on the board" in result.out
+    assert "no engine yet for SM 87" in result.out
+    assert "to such a machine and run deploy/build_engine.sh on the board" in result.out
 
 
 REFUSED = [

@@ -103,7 +103,8 @@ def validate(
         )
     head = torch.from_numpy(work.tokens[: work.compare_tokens])[None]
     model = executable_model(bundle)
-    portable = executable_model(bundle)
+    portable = onnx.ModelProto()
+    portable.CopyFrom(model)
     find_target(bundle.config["target"]).portable(portable)
     simulated = simulated_decoder(calibration)
     bits = {site: calibration.activation_bits(site) for site in calibration.activation_scales}

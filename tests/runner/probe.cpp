@@ -77,13 +77,14 @@ Json bundle(const Json& request) {
     Json answer = {{"prefix_ids", b.prefix_ids}, {"bos", b.bos}, {"context", b.context()}, {"stop", b.stop},
                    {"special", b.special}, {"precision", b.precision}, {"plugin", b.plugin}};
     if (request.contains("ids")) answer["ids"] = prompt_ids(b, request["ids"]);
-    if (request.contains("find")) answer["found"] = engine_path(b, request["find"]);
-    if (request.contains("find_plugin")) answer["found_plugin"] = plugin_path(b, request["find_plugin"]);
+    if (request.contains("find")) answer["found"] = engine_path(b, request["find"], request.value("sm", 0));
+    if (request.contains("find_plugin"))
+        answer["found_plugin"] = plugin_path(b, request.value("engine", ""), request["find_plugin"]);
     if (request.contains("check")) {
         const std::string path = request["check"];
         const MappedFile file(path);
         const EngineRecord record = engine_record(b, path);
-        check_engine(record, path, sha256(file.data(), file.size()), request.value("force", false));
+        check_engine(b, record, path, sha256(file.data(), file.size()), request.value("force", false));
         answer["record"] = {{"sha256", record.sha256}, {"tensorrt", record.tensorrt}};
     }
     return answer;

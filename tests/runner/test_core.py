@@ -232,7 +232,9 @@ def test_engines_are_found_and_compared(probe: Probe, tmp_path: Path) -> None:
     assert "has no recorded checksum" in probe("bundle", **ask, check=str(engine))["error"]
     assert probe("bundle", **ask, check=str(engine), force=True)["record"]["sha256"] == ""
     (bundle / "deploy" / "model.engine.sha256").write_text(f"{digest}  model.engine\n")  # sha256sum's line
-    assert probe("bundle", **ask, check=str(engine))["record"]["sha256"] == digest
+    assert probe("bundle", **ask, check=str(engine))["record"] == {"sha256": digest, "tensorrt": ""}
+    (bundle / "deploy" / "model.engine.tensorrt").write_text("10.3.0\n")
+    assert probe("bundle", **ask, check=str(engine))["record"]["tensorrt"] == "10.3.0"
     engine.write_bytes(b"engine!")
     altered = probe("bundle", **ask, check=str(engine))["error"]
     assert "was altered" in altered and digest[:12] in altered and "--force" in altered
@@ -241,9 +243,27 @@ def test_engines_are_found_and_compared(probe: Probe, tmp_path: Path) -> None:
     assert "was altered" in probe("bundle", **ask, check=str(engine))["error"]  # the config counts, not the file beside
     engine.write_bytes(b"engine")
     assert probe("bundle", **ask, check=str(engine))["record"]["tensorrt"] == "10.3.0"
-    write_bundle(bundle, engines=[{"file": "a"}, {"file": "b"}])
-    assert "lists 2 engines" in probe("bundle", **ask, find="")["error"]
     assert "there is no engine" in probe("bundle", **ask, find="elsewhere.engine")["error"]
+
+
+def test_the_engine_for_this_gpu_is_taken(probe: Probe, tmp_path: Path) -> None:
+    listed = [{"file": f"engines/sm{sm}.engine", "sm": sm} for sm in (86, 120)]
+    bundle = write_bundle(tmp_path / "bundle", target="trt-rtx", engines=listed)
+    (bundle / "engines").mkdir()
+    for record in listed:
+        (bundle / str(record["file"])).touch()
+    ask: dict[str, Any] = {"directory": str(bundle), "find": ""}
+    assert probe("bundle", **ask, sm=120)["found"] == str(bundle / "engines/sm120.engine")
+    for sm, said in ((89, "for this GPU, SM 89"), (0, "for an unknown GPU")):
+        error = probe("bundle", **ask, sm=sm)["error"]
+        assert f"(engines/sm86.engine, engines/sm120.engine) is {said}" in error
+        assert "--target trt-rtx" in error and "--engine" in error
+    write_bundle(bundle, engines=listed[:1])
+    assert "for this GPU, SM 89" in probe("bundle", **ask, sm=89)["error"]
+    assert probe("bundle", **ask)["found"] == str(bundle / "engines/sm86.engine"), "without a GPU, the only one"
+    (bundle / "deploy").mkdir()
+    (bundle / "deploy/model.engine").touch()
+    assert probe("bundle", **ask, sm=86)["found"] == str(bundle / "deploy/model.engine"), "built on this machine"
 
 
 def test_plugin_libraries_are_found(probe: Probe, tmp_path: Path) -> None:
@@ -255,3 +275,23 @@ def test_plugin_libraries_are_found(probe: Probe, tmp_path: Path) -> None:
     assert probe("bundle", **ask)["found_plugin"] == str(bundle / "deploy" / "libpq.so")
     write_bundle(bundle, plugin="plugins/libpq.so")
     assert "there is no plugin library" in probe("bundle", **ask)["error"]
+
+
+def test_an_engine_names_its_plugin_library(probe: Probe, tmp_path: Path) -> None:
+    """Several engines, each with the library of its GPU; ``--plugin`` still decides."""
+    listed = [{"file": f"sm{sm}.engine", "sm": sm, "plugin": f"deploy/libpq-sm{sm}.so"} for sm in (86, 89)]
+    listed.append({"file": "old.engine", "plugin": "0" * 64})  # version 0.5 had a checksum there
+    bundle = write_bundle(tmp_path / "bundle", engines=[*listed, {"file": "own.engine", "plugin": None}])
+    (bundle / "deploy").mkdir()
+    for name in ("sm86.engine", "sm89.engine", "old.engine", "own.engine"):
+        (bundle / name).touch()
+    for name in ("libpq.so", "libpq-sm86.so", "libpq-sm89.so", "mine.so"):
+        (bundle / "deploy" / name).touch()
+    for engine, library in (("sm86", "libpq-sm86"), ("sm89", "libpq-sm89"), ("old", "libpq"), ("own", "libpq")):
+        ask: dict[str, Any] = {"directory": str(bundle), "engine": f"{bundle}/./{engine}.engine"}
+        assert probe("bundle", **ask, find_plugin="")["found_plugin"] == str(bundle / f"deploy/{library}.so")
+        mine = str(bundle / "deploy/mine.so")
+        assert probe("bundle", **ask, find_plugin=mine)["found_plugin"] == mine
+    (bundle / "deploy/libpq-sm86.so").unlink()
+    ask = {"directory": str(bundle), "engine": str(bundle / "sm86.engine")}
+    assert "there is no plugin library" in probe("bundle", **ask, find_plugin="")["error"]

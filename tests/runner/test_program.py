@@ -178,6 +178,30 @@ def test_an_engine_of_another_tensorrt_is_refused(run: Run, bundle: Path) -> Non
     assert "Version tag does not match" in line and "deploy/build_engine.sh" in line
 
 
+def test_of_several_engines_that_of_the_gpu_runs_with_its_plugin(
+    run: Run, bundle: Path, fake_libraries: dict[str, Path]
+) -> None:
+    """Nothing is named on the command line; the GPU has SM 87."""
+    content = write_engine(bundle).read_bytes()
+    (bundle / "deploy/model.engine").unlink()
+    (bundle / "deploy/libpq.so").unlink()
+    (bundle / "engines").mkdir()
+    records = []
+    for sm in (86, 87):
+        (bundle / f"engines/sm{sm}.engine").write_bytes(content if sm == 87 else b"of another GPU")
+        (bundle / f"deploy/libpq-sm{sm}.so").write_text("no library")
+        records.append({"file": f"engines/sm{sm}.engine", "sm": sm, "plugin": f"deploy/libpq-sm{sm}.so"})
+        records[-1] |= {"sha256": hashlib.sha256(content).hexdigest(), "tensorrt": "10.3.0"}
+    write_bundle(bundle, max_position_embeddings=100, engines=records)
+    assert "libpq-sm87.so" in refused(run("--prompt-ids", "5"))
+    plugin = str(fake_libraries["plugin"])
+    assert ids_of(run("--prompt-ids", "5", "-n", "2", "--plugin", plugin)) == expected_tokens([5], 2)
+    (bundle / "deploy/libpq-sm87.so").unlink()
+    (bundle / "deploy/libpq-sm87.so").symlink_to(plugin)
+    assert ids_of(run("--prompt-ids", "5", "-n", "2")) == expected_tokens([5], 2)
+    assert "was altered" in refused(run("--prompt-ids", "5", "--engine", str(bundle / "engines/sm86.engine")))
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
