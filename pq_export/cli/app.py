@@ -142,12 +142,14 @@ def compare(model: str, **flags: Any) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @opt.device_option
 @opt.threads_option
+@opt.run_options
 @click.option("--chat/--raw", default=None, help="Wrap the prompt in the chat template (default: if there is one).")
 @opt.common_options
 def generate(bundle: Path, **flags: Any) -> None:
     """Generate text with a bundle, token by token.
 
-    In onnxruntime, or with --device cuda in PyTorch with the CUDA kernels ('pq-export plugin build').
+    In onnxruntime, in the simulator of the NPU that it is for, or with --device cuda in PyTorch with the CUDA kernels
+    ('pq-export plugin build').
     """
     from pq_export.cli.commands import run_generate
 
@@ -167,6 +169,7 @@ def generate(bundle: Path, **flags: Any) -> None:
 @click.option("--model", help="The checkpoint, for KL divergence and top-1 agreement on the text.")
 @opt.device_option
 @opt.threads_option
+@opt.run_options
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's directory.")
 @opt.common_options
 def evaluate(what: str, **flags: Any) -> None:
@@ -190,12 +193,29 @@ def inspect(what: str, **flags: Any) -> None:
 
 
 @cli.command()
+@click.argument("bundle", type=opt.path_type, metavar="BUNDLE|FILE.onnx")
+@click.option("--target", required=True, metavar="NAME|FILE.toml", help="Whose profile: see 'pq-export targets'.")
+@click.option("--soc", help="Chip of that target (default: the profile's).")
 @opt.common_options
-def targets(**flags: Any) -> None:
-    """List the targets."""
-    from pq_export.cli.commands import run_targets
+def check(bundle: Path, **flags: Any) -> None:
+    """Compare a bundle's graphs with what a target takes, without compiling anything.
 
-    _exit(run_targets(flags))
+    Each finding names node, layer, rule and cure. Exit codes: 0 nothing found, 1 findings or an unreadable bundle,
+    2 usage or a mistake in a profile file.
+    """
+    from pq_export.cli.check import run_check
+
+    sys.exit(run_check(bundle, flags))
+
+
+@cli.command()
+@click.argument("name", required=False, metavar="[NAME|FILE.toml]")
+@opt.common_options
+def targets(name: str | None, **flags: Any) -> None:
+    """List the targets, or show the profile of one: what it takes."""
+    from pq_export.cli.check import run_profile, run_targets
+
+    _exit(run_targets(flags) if name is None else run_profile(name, flags))
 
 
 @cli.group()

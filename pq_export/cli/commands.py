@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from pq_export.bundle import CONFIG_NAME, Bundle, open_bundle
 from pq_export.calibration import JSON_NAME, Calibration, load_calibration, read_calibration_json
 from pq_export.cli.console import Screen, bytes_text, output_console, print_json, seconds_text, table
 from pq_export.cli.options import chosen_precision
+from pq_export.cli.samples import sample_windows
 from pq_export.cli.tables import print_report, print_validation
 from pq_export.errors import IntegrityError, Interrupted, PqExportError, UsageError
 from pq_export.files import check_output
 from pq_export.plan import PREFIX_ROOM, Plan, resolve_plan
 from pq_export.stages import Stages
-from pq_export.targets import TARGETS, find_target
+from pq_export.targets import find_target
 from pq_export.targets.base import TargetOptions
 
 PLAN_FLAGS = ("prefix", "rotate", "calib_data", "calib_samples", "seq_len", "seed", "num_layers")
@@ -29,7 +31,8 @@ def run_export(model: str, flags: dict[str, Any]) -> bool:
     """``pq-export MODEL``; returns whether validation passed."""
     plan, target = _plan(flags), find_target(flags["target"])
     options = target_options(flags)
-    target.form_for(plan.precision, False, flags["form"], target.resolve(options, None))
+    target.refuse_online_rotation(("R3", "R4") if plan.rotate == "online" else ())
+    target.form_for(plan.precision, False, flags["form"], target.resolved(options, None))
     path = Path(model)
     name = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
     output = flags["output"] or Path("out") / f"{name}-{str(plan.precision).lower()}"
@@ -95,7 +98,7 @@ def run_calibrate(model: str, flags: dict[str, Any]) -> bool:
 def run_build(calibration_directory: Path, flags: dict[str, Any]) -> bool:
     """``pq-export build``."""
     target = find_target(flags["target"])
-    target.resolve(target_options(flags), None)
+    target.resolved(target_options(flags), None)
     calibration = load_calibration(calibration_directory)
     check_output(flags["output"], flags["force"], calibration_directory)
     with Screen(flags["as_json"], flags["verbose"]) as screen:
@@ -183,22 +186,15 @@ def run_inspect(what: str, flags: dict[str, Any]) -> bool:
     return True
 
 
-def run_targets(flags: dict[str, Any]) -> bool:
-    """``pq-export targets``."""
-    rows = [[t.name, t.title, t.executes, ", ".join(f.value for f in t.forms)] for t in TARGETS.values()]
-    if flags["as_json"]:
-        print_json([dict(zip(("name", "title", "executes", "forms"), row, strict=True)) for row in rows])
-    else:
-        output_console().print(table("Targets", ["name", "what", "executes", "forms"], rows))
-    return True
-
-
 def build_bundle(
     calibration: Calibration, directory: Path, target: Any, output: Path, flags: dict[str, Any], stages: Stages
 ) -> Bundle:
     """Build with the options of the command line."""
     from pq_export.build import build
 
+    options = target_options(flags)
+    if target.wants_samples:
+        options = replace(options, samples=sample_windows(calibration, directory, stages))
     return build(
         calibration,
         directory,
@@ -207,7 +203,7 @@ def build_bundle(
         stages,
         form=flags["form"],
         external_data=flags["external_data"],
-        options=target_options(flags),
+        options=options,
     )
 
 
@@ -221,9 +217,11 @@ def _sm(text: str) -> int:
 
 def target_options(flags: dict[str, Any]) -> TargetOptions:
     """What the command line asks of the target."""
-    names = ("jetpack", "max_batch_size", "max_input_len", "max_seq_len", "float_type")
+    names = ["jetpack", "max_batch_size", "max_input_len", "max_seq_len", "float_type"]
+    names += ["prefill_len", "cache_len", "linears_only"]
     sms = tuple(_sm(part) for text in flags["sm"] for part in text.replace(",", " ").split())
-    return TargetOptions(sms=sms, **{name: flags[name] for name in names})
+    socs = tuple(part for text in flags["soc"] for part in text.replace(",", " ").split())
+    return TargetOptions(sms=sms, socs=socs, **{name: flags[name] for name in names})
 
 
 def _plan(flags: dict[str, Any]) -> Plan:
@@ -332,8 +330,9 @@ def _print_remaining(bundle: Bundle) -> None:
     """What is left to do, where a target cannot finish here."""
     deploy = bundle.config.get("deploy", {})
     if deploy.get("remaining"):
-        gpus = ", ".join(map(str, deploy["sms"]))
-        text = f"no engine yet: copy {bundle.directory} to a machine with SM {gpus} and {deploy['remaining']}"
+        built = {engine["sm"] for engine in bundle.config.get("engines", [])}
+        gpus = ", ".join(str(sm) for sm in deploy["sms"] if sm not in built)
+        text = f"no engine yet for SM {gpus}: copy {bundle.directory} to such a machine and {deploy['remaining']}"
         output_console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -374,10 +373,12 @@ def check_device(name: str) -> None:
 
 def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | None = None) -> Any:
     """Pieces of text as they are generated; a piece ends where its bytes form whole characters."""
-    from pq_export.execute import open_decoder
+    from pq_export.execute import running_decoder
     from pq_export.runtime import Sampling, generate, load_tokenizer, prompt_ids, stop_tokens
 
-    flags = flags or {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None, "threads": None, "device": "cpu"}
+    if flags is None:  # the sample of an export
+        flags = {"temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": None, "threads": None, "device": "cpu"}
+        flags |= {"run_on": "model", "soc": None}
     tokenizer = load_tokenizer(bundle)
     chat = bool(tokenizer.chat_template) if flags["chat"] is None else flags["chat"]
     if chat and not tokenizer.chat_template:
@@ -387,12 +388,17 @@ def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | Non
     room = bundle.config["max_position_embeddings"] - bundle.config["prefix"]["length"] - len(ids)
     new, stop = min(limit, room), stop_tokens(bundle, tokenizer)
     if flags["device"] == "cpu":
-        tokens = generate(open_decoder(bundle, flags["threads"]), ids, new, stop, sampling)
+        with running_decoder(bundle, flags["run_on"], flags["soc"], flags["threads"]) as decoder:
+            yield from _pieces(tokenizer, generate(decoder, ids, new, stop, sampling))
     else:
         check_device(flags["device"])
         from pq_export.cuda.generate import generate_on_cuda
 
-        tokens = generate_on_cuda(bundle, ids, new, stop, sampling)
+        yield from _pieces(tokenizer, generate_on_cuda(bundle, ids, new, stop, sampling))
+
+
+def _pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+    """Text of ``tokens`` in pieces that are whole characters."""
     shown: list[int] = []  # the tokens just printed: some tokenizers strip the space of a text's first token
     pending: list[int] = []
     for token in tokens:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def run_evaluate(what: str, flags: dict[str, Any]) -> bool:
         tasks = harness.Tasks(flags["include_path"])
         names = tasks.named(names)
     check_device(flags["device"])
-    with Screen(flags["as_json"], flags["verbose"]) as screen:
+    with Screen(flags["as_json"], flags["verbose"]) as screen, contextlib.ExitStack() as stack:
         stages = Stages(screen)
-        opened = _open(what, flags, stages)
+        opened = _open(what, flags, stages, stack)
         document: dict[str, Any] = {"model": opened.subject.name, "kind": opened.kind}
         if flags["text"] is not None:
             document["text"] = _text(opened, flags, stages)
@@ -83,19 +84,25 @@ def _harness() -> Any:
     return tasks
 
 
-def _open(what: str, flags: dict[str, Any], stages: Stages) -> Opened:
-    """A bundle, a calibration or a checkpoint: whichever ``what`` is."""
+def _open(what: str, flags: dict[str, Any], stages: Stages, stack: contextlib.ExitStack) -> Opened:
+    """A bundle, a calibration or a checkpoint: whichever ``what`` is. ``stack`` closes what runs it."""
     path = Path(what)
     if (path / CONFIG_NAME).is_file():
-        from pq_export.execute import open_decoder
+        from pq_export.execute import running_decoder
 
-        bundle = open_bundle(path)
+        bundle, run_on = open_bundle(path), flags["run_on"] or "model"
         with stages.stage("load bundle"):
-            subject = bundle_subject(what, open_decoder(bundle, flags["threads"]), bundle)
+            decoder = stack.enter_context(running_decoder(bundle, run_on, flags["soc"], flags["threads"]))
+            subject = bundle_subject(what, decoder, bundle)
+            if run_on in ("static", "simulator"):  # further back, results are those of a window
+                subject = replace(subject, context=min(subject.context, decoder.facts.cache_len))
         prefix = tuple(bundle.config["prefix"]["token_ids"])
         layers = bundle.config["plan"]["num_layers"]
         data = bundle.config["plan"]["calib_data"]
-        return Opened("bundle", subject, bundle.config["source"]["sha256"], layers, prefix, data)
+        kind = "bundle" if run_on == "model" else f"bundle, {run_on}"
+        return Opened(kind, subject, bundle.config["source"]["sha256"], layers, prefix, data)
+    if flags["run_on"] or flags["soc"]:
+        raise UsageError("--on and --soc are for a bundle", where=what, cure="Leave them out.")
     if (path / JSON_NAME).is_file():
         from pq_export.simulate import simulated_decoder
 

@@ -75,7 +75,13 @@ calibration_options = _stack(
 )
 
 build_options = _stack(
-    click.option("--target", default="ort", show_default=True, help="Where the bundle runs: see 'pq-export targets'."),
+    click.option(
+        "--target",
+        default="ort",
+        show_default=True,
+        metavar="NAME|FILE.toml",
+        help="Where the bundle runs: see 'pq-export targets'; or the profile of an NPU of yours (docs/profiles.md).",
+    ),
     click.option(
         "--form",
         type=click.Choice(["qdq", "integer", "plugin"]),
@@ -100,6 +106,23 @@ target_options = _stack(
     click.option(
         "--float-type", type=click.Choice(["fp16", "fp32"]), help="Type of what is not quantized (default fp16)."
     ),
+    click.option("--soc", multiple=True, metavar="SOC", help="NPUs that the bundle is for, such as sm8650,sm8750."),
+    click.option(
+        "--prefill-len", type=click.IntRange(min=2), help="Tokens of a prompt that an NPU takes at once (64)."
+    ),
+    click.option("--cache-len", type=click.IntRange(min=1), help="Tokens that an NPU's cache holds (512)."),
+    click.option("--linears-only", is_flag=True, help="For ethos-u: the linears alone, with the rest on your host."),
+)
+
+run_options = _stack(
+    click.option(
+        "--on",
+        "run_on",
+        type=click.Choice(["model", "static", "simulator", "runtime"]),
+        help="What runs of a bundle: model.onnx in onnxruntime, an NPU's graphs of fixed shapes there or in the NPU's "
+        "simulator, or the target's own runtime (default: simulator, if any, to generate; model to evaluate).",
+    ),
+    click.option("--soc", metavar="SOC", help="NPU to simulate (default: the bundle's first)."),
 )
 
 validation_options = _stack(
