@@ -14,7 +14,7 @@ import numpy as np
 
 
 def main(path: Path) -> None:
-    import tosa_reference_model  # type: ignore[import-not-found]
+    import tosa_reference_model
 
     request = json.loads(path.read_text(encoding="utf-8"))
     folder = Path(request["folder"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(path: Path) -> int:
-    from ethosu.vela.vela import main as vela  # type: ignore[import-not-found]
+    from ethosu.vela.vela import main as vela
 
     request = json.loads(path.read_text(encoding="utf-8"))
     code = vela(request["arguments"]) or 0
