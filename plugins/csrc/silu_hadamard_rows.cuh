@@ -17,6 +17,13 @@ namespace many_rows {
 
 constexpr int kWarp = 32, kColumns = 64, kNeighbours = 16;  // columns: of a warp; of a lane, in the first stages
 
+// Of two CTAs an SM, as registers go: shared memory holds one tile where an SM has 100 KB of it.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMostCtas = 1;
+#else
+constexpr int kMostCtas = 2;
+#endif
+
 // A token's tile is [4 kQuads, 2^kLog]. kSplits: bf16 parts of a number; 3 are all of its 24 bits. kAhead: a CTA takes
 // several tokens, and brings the next one into L2 while it has this one.
 template <int kQuads_, int kLog_, int kSplits_, bool kAhead_>
@@ -188,7 +195,7 @@ struct Encoder {
 };
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads, S::kCtas)
+__global__ void __launch_bounds__(S::kThreads, S::kCtas < kMostCtas ? S::kCtas : kMostCtas)
     silu_hadamard_rows_kernel(const T* gate, const T* up, int ldg, const float* left, const Encoder encoder,
                               const Codes codes, int M) {
     extern __shared__ __align__(16) float rows_tile[];
@@ -236,8 +243,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kCtas)
         }
         __syncthreads();
         const int thread = thread_index(), lane = thread % kWarp;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+        // Lane 0's: there shuffles in a loop that lanes might leave one by one would be function calls.
+        const int warp = __shfl_sync(0xffffffffu, thread / kWarp, 0);
+#else
+        const int warp = thread / kWarp;
+#endif
 #pragma unroll 1
-        for (int item = thread / kWarp; item < S::kRows / 2; item += S::kWarps) {
+        for (int item = warp; item < S::kRows / 2; item += S::kWarps) {
             constexpr int kBits = S::kLog - 4, kSteps = 1 << kBits;
             const int row = 2 * item + lane / kNeighbours, c = lane % kNeighbours;
             const float* from[4];  // of steps 0 to 3; every four steps the permutation repeats
