@@ -19,8 +19,8 @@ test: $(VENV)/.installed $(GGUF) lint
 test-model: $(VENV)/.installed $(GGUF)
 	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations 12 tests/test_demo_model.py
 
-test-kernels: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow --durations 6 --ignore tests/test_demo_model.py
+test-kernels: $(VENV)/.installed $(GGUF)
+	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations 6 --ignore tests/test_demo_model.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

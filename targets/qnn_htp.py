@@ -35,7 +35,6 @@ from pq_export.targets.static_options import resolve_static
 from pq_export.targets.static_ranges import observe_ranges
 
 STATIC = "static"
-WIDE_OUTPUTS = ("down_proj",)  # of 8-bit linears: the residual stream's largest values come from there
 NO_GAIN = "4-bit activations gain nothing on this chip: it holds them in 8 bits; w4a8 is as fast and more accurate"
 
 
@@ -54,7 +53,7 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
     if Precision.parse(config["precision"]).activation_bits == 4:
         stages.progress.note(NO_GAIN)
     model = onnx.load(directory / "model.onnx")
-    form = StaticForm(options.prefill_len, options.cache_len, wide_outputs=WIDE_OUTPUTS)
+    form = StaticForm(options.prefill_len, options.cache_len)
     with stages.stage("observe ranges", len(options.samples)) as advance:
         ranges = observe_ranges(model, tensors_to_observe(model), options.samples, advance)
     with stages.stage("static graphs"):

@@ -19,6 +19,7 @@ from pq_export.bundle import open_bundle
 from pq_export.calib.checkpoint import load_checkpoint
 from pq_export.calib.pipeline import calibrate
 from pq_export.calibration import load_calibration
+from pq_export.cli.app import cli
 from pq_export.errors import UsageError
 from pq_export.execute import open_decoder
 from pq_export.plan import Plan
@@ -218,6 +219,19 @@ def test_build_says_what_remains(pq: Runner, calibration_directory: Path, tmp_pa
     assert result.code == 0
     assert "no engine yet for SM 87" in result.out
     assert "to such a machine and run deploy/build_engine.sh on the board" in result.out
+
+
+@pytest.mark.parametrize("spelling", ["86,89,120", "86 89 120", "86,89 120"])
+def test_several_gpus_may_stand_one_after_the_other(spelling: str) -> None:
+    arguments = ["calibration", "--target", "trt-rtx", "--sm", *spelling.split(), "-o", "out"]
+    flags = cli.commands["build"].make_context("build", arguments).params
+    assert flags["sm"] == ("86,89,120",)
+    assert flags["calibration"] == Path("calibration")
+
+
+def test_a_model_may_be_called_by_digits() -> None:
+    arguments = ["--target", "trt", "--sm", "87", "./120", "-o", "out"]
+    assert cli.commands["build"].make_context("build", arguments).params["calibration"] == Path("./120")
 
 
 REFUSED = [

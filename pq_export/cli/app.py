@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,23 @@ from pq_export.cli import options as opt
 from pq_export.errors import EXIT_BELOW_THRESHOLD
 
 
+class GpuListCommand(click.Command):
+    """``--sm 86 89 120`` is ``--sm 86,89,120``; a model called 120 can be written ./120."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        for arg in args:
+            if len(joined) > 1 and joined[-2] == "--sm" and re.fullmatch(r"\d{2,3}", arg) and joined[-1][-1:].isdigit():
+                joined[-1] += f",{arg}"
+            else:
+                joined.append(arg)
+        return super().parse_args(ctx, joined)
+
+
 class DefaultCommandGroup(click.Group):
     """``pq-export MODEL …`` is ``pq-export export MODEL …``."""
+
+    command_class = GpuListCommand
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
@@ -223,14 +239,14 @@ def plugin() -> None:
     """Build the CUDA kernels and their TensorRT plugin, libpq.so."""
 
 
-@plugin.command("build")
+@plugin.command("build", cls=GpuListCommand)
 @click.option(
     "--sm",
     "sms",
     multiple=True,
     metavar="SM",
-    help="GPU to compile for: 80, 86, 87 (Jetson Orin), 89, 90, 100, 110 (Thor) or 120; several give one library "
-    "for all of them (default: this machine's).",
+    help="GPU to compile for: 80, 86, 87 (Jetson Orin), 89, 90, 100, 110 (Thor) or 120; several (87,110) give one "
+    "library for all of them (default: this machine's).",
 )
 @click.option("-o", "--output", type=opt.path_type, metavar="DIR", help="Also copy libpq.so into DIR.")
 @click.option(

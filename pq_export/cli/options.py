@@ -97,7 +97,7 @@ target_options = _stack(
         "--sm",
         multiple=True,
         metavar="SM",
-        help="GPUs that the bundle is for, such as 87 for Orin (default: the JetPack's, this machine's, else 87).",
+        help="GPUs that the bundle is for, such as 87 or 86,89 (default: the JetPack's, this machine's, else 87).",
     ),
     click.option("--jetpack", metavar="6.2|7.1|7.2", help="Refuse what the TensorRT of this JetPack does not take."),
     click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences at once (default 1)."),

@@ -14,7 +14,8 @@ def run_build(flags: dict[str, Any]) -> bool:
     from pq_export.plugins.build import LIBRARY_NAME, build
     from pq_export.plugins.toolchain import local_sms, parse_sm
 
-    sms = [parse_sm(text) for text in flags["sms"]] or [parse_sm(str(sm)) for sm in local_sms()]
+    given = ",".join(flags["sms"])
+    sms = [parse_sm(text) for text in given.split(",")] if given else [parse_sm(str(sm)) for sm in local_sms()]
     if not sms:
         raise UsageError("no GPU is here to compile for", cure="Name one with --sm, such as --sm 87 for Jetson Orin.")
     with Screen(flags["as_json"], flags["verbose"]) as screen:
