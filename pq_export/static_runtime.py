@@ -208,6 +208,17 @@ def appended(sequence: CachedSequence, new: Mapping[str, np.ndarray], count: int
     return replace(sequence, cache=cache, filled=kept + taken, seen=sequence.seen + count)
 
 
+def static_paths(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Graph -> its file in the bundle, as ``pq_config.json`` lists them."""
+    static = config.get("static")
+    graphs = static.get("graphs") if isinstance(static, dict) else None
+    if not isinstance(graphs, dict) or set(graphs) != set(GRAPHS):
+        raise IntegrityError(
+            f"does not list the graphs {' and '.join(GRAPHS)}", where=directory, cure="Build the bundle again."
+        )
+    return graphs
+
+
 def onnxruntime_sessions(directory: Path, config: Mapping[str, Any], threads: int | None = None) -> dict[str, Session]:
     """The bundle's graphs of fixed shapes in onnxruntime, node by node as they are written: the reference."""
     import onnxruntime as ort
@@ -219,7 +230,7 @@ def onnxruntime_sessions(directory: Path, config: Mapping[str, Any], threads: in
     if threads:
         options.intra_op_num_threads = threads
     sessions: dict[str, Session] = {}
-    for name, path in config["static"]["graphs"].items():
+    for name, path in static_paths(directory, config).items():
         try:
             sessions[name] = ort.InferenceSession(str(directory / path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class

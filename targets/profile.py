@@ -32,8 +32,13 @@ ANY: Strings = ("any",)
 
 
 def _one_of(*names: str) -> dict[str, Any]:
-    """Field metadata: which words a string or a list of strings may hold."""
+    """Field metadata: which words a string or a list of strings may hold, beside ``any``."""
     return {"choices": names}
+
+
+def _exactly(*names: str) -> dict[str, Any]:
+    """As :func:`_one_of`, without ``any``."""
+    return {"choices": names, "exactly": True}
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,8 @@ class Profile:
     name: str
     title: str = ""
     executes: str = ""
-    status: str = field(default="lint-only", metadata=_one_of("compiles", "runs", "exports", "lint-only"))
-    precisions: Strings = field(default=(), metadata=_one_of("w4a4", "w4a8", "w8a8", "w4a16"))
+    status: str = field(default="lint-only", metadata=_exactly("compiles", "runs", "exports", "lint-only"))
+    precisions: Strings = field(default=(), metadata=_exactly("w4a4", "w4a8", "w8a8", "w4a16"))
     default_soc: str = ""
     built_by: str = ""
     notes: Strings = ()

@@ -80,7 +80,7 @@ class ProfileFile:
         if hint in (int, float) and key.split(".")[-1].startswith("max") and not value >= 0:
             raise self.mistake(key, f"is {value}", "A limit is 0, which is none, or positive.")
         choices = rules.get("choices", ())
-        if hint is str and choices and value not in (*choices, "any"):
+        if hint is str and choices and value not in choices and (value != "any" or rules.get("exactly")):
             raise self.mistake(key, f"is '{value}'", f"There are: {', '.join(choices)}.")
         return float(value) if hint is float else value
 
@@ -97,4 +97,6 @@ def read_profile_file(path: Path) -> ProfileFile:
         raise UsageError("is not TOML (not UTF-8 text)", where=path) from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"is not TOML ({error})", where=path) from None
+    except RecursionError:
+        raise UsageError("is nested too deeply", where=path) from None
     return ProfileFile(path, content)

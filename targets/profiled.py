@@ -31,19 +31,30 @@ def profile_target(profile: Profile) -> Target:
     """The generic target for ``profile``. Bundles are of target ``static``: what reads them needs no profile."""
 
     def resolve(options: TargetOptions, context: int | None) -> TargetOptions:
-        if profile.shapes.static and profile.opset.max < GRAPH_OPSET:
+        low, high = profile.opset.min, profile.opset.max
+        if profile.shapes.static and not low <= GRAPH_OPSET <= high:
             raise UsageError(
-                f"profile {profile.name} reads opset {profile.opset.max}; graphs of fixed shapes have {GRAPH_OPSET}",
-                cure="Raise opset.max, or set shapes.static = false for the portable graph alone, of opset 21.",
+                f"profile {profile.name} reads opsets {low} to {high}; graphs of fixed shapes have {GRAPH_OPSET}",
+                cure=f"Let opset.min and opset.max include {GRAPH_OPSET}, or set shapes.static = false for the "
+                "portable graph alone, of opset 21.",
             )
-        return resolve_static(options, context, profile)
+        # Without fixed shapes there is no length that the context could be too short for.
+        return resolve_static(options, context if profile.shapes.static else None, profile)
 
     def choose_form(precision: Precision, has_bias: bool, options: TargetOptions) -> tuple[Form, str]:
         name = f"w{precision.weight_bits}a{precision.activation_bits}"
         if name not in profile.precisions:
             flags = ", ".join(f"--{known}" for known in profile.precisions) or "none"
             raise UsageError(f"profile {profile.name} does not take {name}", cure=f"It takes: {flags}.")
-        if precision.kv_bits == 4 and profile.shapes.static and not takes(profile.activations.types, "int4"):
+        if not profile.shapes.static:
+            return Form.QDQ, "a portable graph of Q/DQ is what the profile takes"
+        floats = takes(profile.floats.types, "float32")
+        if floats and precision.activation_bits != 8:
+            raise UsageError(
+                f"profile {profile.name} takes float32, and graphs of fixed shapes have 8-bit linears then, not {name}",
+                cure="Use --w8a8 or --w4a8, or take float32 out of floats.types: every tensor is quantized then.",
+            )
+        if precision.kv_bits == 4 and (floats or not takes(profile.activations.types, "int4")):
             raise UsageError(f"profile {profile.name} takes no 4-bit codes of keys and values", cure="Use --kv 8.")
         return Form.QDQ, "static graphs are made from Q/DQ"
 
@@ -58,7 +69,7 @@ def profile_target(profile: Profile) -> Target:
         choose_form=choose_form,
         resolve=resolve,
         finish=finish,
-        takes=STATIC_FLAGS,
+        takes=STATIC_FLAGS if profile.shapes.static else ("--soc",),
         wants_samples=profile.shapes.static,
         online_rotation=not profile.linears.unit,
     )

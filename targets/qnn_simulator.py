@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 
 from pq_export.errors import IntegrityError, PqExportError, UsageError
+from pq_export.static_runtime import static_paths
 from pq_export.targets.profile import Soc, find_profile
 from pq_export.targets.qnn_compile import WORKER, find_qnn, listing, request, sha256_of
 from pq_export.targets.qnn_worker import read_message, write_message
@@ -167,8 +168,8 @@ def open_simulator(
     if name not in records:
         raise UsageError(f"--soc {soc} is not in this bundle", cure=f"It has {', '.join(records)}.")
     record = records[name]
+    graphs = {graph: directory / path for graph, path in static_paths(directory, config).items()}
     check_context(directory, config, record)
-    graphs = {graph: directory / path for graph, path in config["static"]["graphs"].items()}
     return Simulator(graphs, find_profile(TARGET).socs[name], directory / record["layers"], timeout=timeout)
 
 
@@ -177,8 +178,9 @@ def check_context(directory: Path, config: Mapping[str, Any], record: Mapping[st
     binary, cure = directory / record["file"], "Build the bundle again."
     if not binary.is_file() or sha256_of(binary) != record["sha256"]:
         raise IntegrityError("is not the context binary that pq_config.json records", where=binary, cure=cure)
-    for name in (*config["static"]["graphs"].values(), config["static"]["facts"], record["layers"]):
-        if sha256_of(directory / name) != config["files"][name]["sha256"]:
+    static = {name for name in config["files"] if name.startswith("static/")}  # weights, too
+    for name in sorted({*static, *static_paths(directory, config).values(), record["layers"]}):
+        if sha256_of(directory / name) != config["files"].get(name, {}).get("sha256"):
             raise IntegrityError("is not the file that pq_config.json records", where=directory / name, cure=cure)
     soc = find_profile(TARGET).socs.get(record["soc"])
     if soc is None or soc.number != record["soc_model"]:

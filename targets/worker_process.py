@@ -8,6 +8,7 @@ a lack of memory are then one line each, and the caller goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -67,7 +68,8 @@ class Worker:
                 try:
                     code = process.wait(self.timeout)
                 except BaseException as stop:  # also Ctrl-C, which does not reach another session
-                    os.killpg(process.pid, signal.SIGKILL)  # with its children: a compiler that hangs may wait for one
+                    with contextlib.suppress(ProcessLookupError):  # it may just have ended
+                        os.killpg(process.pid, signal.SIGKILL)  # with its children, one of which it may wait for
                     if isinstance(stop, subprocess.TimeoutExpired):
                         what = f"{self.tool} took more than {self.timeout:g} s"
                         raise PqExportError(what, where=where, cure=see) from None

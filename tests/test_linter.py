@@ -682,6 +682,8 @@ def test_a_bundle_of_linears_is_read_as_one(shipped: Callable[..., Model], tmp_p
     (tmp_path / "pq_config.json").write_text(json.dumps(config))
     assert lint_bundle(tmp_path, find_profile("ethos-u").for_soc()) == []
     assert lint_bundle(tmp_path, find_profile("qnn-htp").for_soc())
+    # A profile may be called as any key of the configuration.
+    assert lint_bundle(tmp_path, replace(find_profile("ethos-u").for_soc(), name="schema-version"))
 
 
 def test_linears_that_are_lowered_alone(shipped: Callable[..., Model]) -> None:
@@ -731,7 +733,7 @@ def test_check_refuses_what_it_cannot_read(pq: Runner, tmp_path: Path) -> None:
     onnx.save(static_graph(), tmp_path / "m.onnx")
     pq.refuses("check", tmp_path / "m.onnx", "--target", "qnn-htp", "--soc", "sm1", code=2, says=("sm1", "sm8650"))
     pq.refuses("check", tmp_path / "m.onnx", "--target", tmp_path / "no.toml", code=2, says=("no.toml",))
-    pq.refuses("check", tmp_path / "none.onnx", "--target", "ort", says=("none.onnx",))
+    pq.refuses("check", tmp_path / "none.onnx", "--target", "ort", says=("none.onnx: No such file",))
 
 
 def test_graphs_of_fixed_shapes_are_those_that_a_static_target_is_about(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pq_export.targets.base import TargetOptions
 from pq_export.targets.lint import RULES, lint_bundle
 from pq_export.targets.profile import PROFILES, SECTIONS, Profile, find_profile, profile_names, takes, takes_pair
 from pq_export.targets.profiled import GRAPH_OPSET
+from pq_export.targets.vela import ACCELERATORS
 from tests.cli_runner import Runner
 
 
@@ -65,10 +66,20 @@ def test_4_bit_keys_are_refused_before_any_work() -> None:
         find_target("static").choose_form(Precision.named("w4a8"), False, TargetOptions())
 
 
-def test_a_profile_that_reads_older_opsets_is_refused_before_any_work(tmp_path: Path) -> None:
-    old = find_target(str(write(tmp_path, "[opset]\nmax = 21")))
-    with pytest.raises(UsageError, match="opset 21"):
-        old.resolve(TargetOptions(), None)
+@pytest.mark.parametrize(("opset", "says"), [("max = 21", "13 to 21"), ("min = 24", "24 to 24")])
+def test_a_profile_that_reads_other_opsets_is_refused_before_any_work(opset: str, says: str, tmp_path: Path) -> None:
+    other = find_target(str(write(tmp_path, f"[opset]\n{opset}")))
+    with pytest.raises(UsageError, match=f"opsets {says}; graphs of fixed shapes have 23"):
+        other.resolve(TargetOptions(), None)
+
+
+def test_precisions_that_graphs_with_float_parts_do_not_have_are_refused_before_any_work(tmp_path: Path) -> None:
+    target = find_target(str(write(tmp_path, '[floats]\ntypes = ["float32"]\n[activations]\ntypes = ["any"]')))
+    target.choose_form(Precision.named("w4a8", 8), False, TargetOptions())
+    with pytest.raises(UsageError, match="8-bit linears then, not w4a16"):
+        target.choose_form(Precision.named("w4a16"), False, TargetOptions())
+    with pytest.raises(UsageError, match="--kv 8"):
+        target.choose_form(Precision.named("w4a8", 4), False, TargetOptions())
 
 
 def test_lengths_that_do_not_fit() -> None:
@@ -83,6 +94,14 @@ def test_lengths_that_do_not_fit() -> None:
     ):
         with pytest.raises(UsageError, match=says):
             resolve(options, 100)
+
+
+def test_lengths_are_no_flags_where_shapes_are_not_fixed(tmp_path: Path) -> None:
+    target = find_target(str(write(tmp_path, "[shapes]\nstatic = false\n[socs.x]")))
+    for options in (TargetOptions(prefill_len=8), TargetOptions(cache_len=64)):
+        with pytest.raises(UsageError, match="is not for this target"):
+            target.resolved(options, None)
+    assert target.resolved(TargetOptions(socs=("x",)), 32).socs == ("x",)  # a context of 32 tokens is long enough
 
 
 def test_the_documentation_names_every_rule_and_key() -> None:
@@ -103,6 +122,12 @@ def test_htp_rules_are_those_that_were_measured() -> None:
         "sm8750": 69,
         "sm8550": 43,
     }
+
+
+def test_every_accelerator_of_vela_can_be_checked_against() -> None:
+    socs = find_profile("ethos-u").socs
+    assert {soc.architecture for soc in socs.values()} == set(ACCELERATORS)
+    assert all(soc.architecture == f"ethos-{name}" for name, soc in socs.items())
 
 
 def test_a_child_states_what_differs(tmp_path: Path) -> None:
@@ -174,6 +199,9 @@ MISTAKES = {
     "SoC that is a value": ("[socs]\nx = 1", ("socs.x is no table",)),
     "SoC with an unknown key": ("[socs.x]\nnumbers = 1", ("socs.x.numbers", "Did you mean 'number'?")),
     "SoC with a wrong override": ("[socs.x.floats]\ntypes = [1]", ("socs.x.floats.types[0] is 1",)),
+    "any status": ('status = "any"', ("status is 'any'", "lint-only")),
+    "any precision": ('precisions = ["any"]', ("precisions[0] is 'any'", "w4a4")),
+    "too deep": ("a = " + 20_000 * "[", ("nested too deeply",)),
     "SoC with an unknown override": ("[socs.x.floats]\ntype = []", ("socs.x.floats.type", "Did you mean 'types'?")),
 }
 

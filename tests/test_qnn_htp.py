@@ -385,8 +385,16 @@ def test_a_context_of_something_else_is_refused(bundles: Callable[[str, int], Bu
     graph.write_bytes(graph.read_bytes() + b"\0")
     with pytest.raises(IntegrityError, match=r"decode\.onnx: is not the file"):
         opened()
+    shutil.copy(source.directory / "static" / "decode.onnx", graph)
+    weights = tmp_path / "copy" / "static" / "weights.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(IntegrityError, match=r"weights\.data: is not the file"):
+        opened()
     with pytest.raises(PqExportError, match="has no context binary"):
         open_simulator(tmp_path / "copy", {**source.config, "engines": []})
+    for damaged in (None, {"graphs": 3}, {"graphs": {"prefill": "static/prefill.onnx"}}):
+        with pytest.raises(IntegrityError, match="does not list the graphs prefill and decode"):
+            open_simulator(tmp_path / "copy", {**source.config, "static": damaged})
 
 
 def test_online_rotations_are_refused_before_any_work(
@@ -429,6 +437,9 @@ def test_where_a_bundle_can_run(pq: Runner, bundles: Callable[[str, int], Bundle
     directory = bundles("w8a8", 8).directory
     pq.refuses("generate", directory, "-p", "w5", "--on", "runtime", code=2, says=("no runtime of its own",))
     pq.refuses("generate", directory, "-p", "w5", "--on", "static", "--soc", "sm8650", code=2, says=("--soc is for",))
+    on_cuda = ("generate", directory, "-p", "w5", "--device", "cuda")
+    for flag in (("--on", "static"), ("--soc", "sm8650")):
+        pq.refuses(*on_cuda, *flag, code=2, says=("--on and --soc are for --device cpu",))
 
 
 def test_soc_numbers_are_those_of_qnn() -> None:

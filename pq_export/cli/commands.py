@@ -391,6 +391,8 @@ def _stream(bundle: Bundle, prompt: str, limit: int, flags: dict[str, Any] | Non
         with running_decoder(bundle, flags["run_on"], flags["soc"], flags["threads"]) as decoder:
             yield from _pieces(tokenizer, generate(decoder, ids, new, stop, sampling))
     else:
+        if flags["run_on"] or flags["soc"]:
+            raise UsageError("--on and --soc are for --device cpu", cure="Leave them out, or leave --device out.")
         check_device(flags["device"])
         from pq_export.cuda.generate import generate_on_cuda
 

@@ -90,7 +90,8 @@ def lint_bundle(directory: Path, profile: Profile) -> list[Finding]:
     findings = []
     length = int(bundle.config["prefix"]["length"])
     # A target that lowers linears alone lists in its part of the configuration what it leaves to the host.
-    alone = "not_lowered" in bundle.config.get(profile.name.replace("-", "_"), {})
+    lowered = bundle.config.get(profile.name.replace("-", "_"))
+    alone = isinstance(lowered, dict) and "not_lowered" in lowered
     for name in graphs_of(bundle.config, profile):
         findings += lint_file(directory / name, profile, prefix_length=length, linears_only=alone)
     return findings
@@ -102,6 +103,8 @@ def lint_file(
     """All findings on one ONNX file; its external data is read only where a rule asks for a value."""
     try:
         model = onnx.load(path, load_external_data=False)
+    except OSError:
+        raise  # a file that is not there is no broken one
     except Exception as error:  # protobuf raises its own DecodeError
         raise IntegrityError(f"is not an ONNX model ({type(error).__name__})", where=path) from None
     return lint_model(
