@@ -26,8 +26,8 @@ class TargetOptions:
     ``max_input_len`` of a prompt, ``max_seq_len`` of prompt and answer. ``float_type``: "fp16" or "fp32", of what is
     not quantized. For graphs of fixed shapes: ``socs`` are the chips, ``prefill_len`` tokens are processed at once, and
     ``cache_len`` remembered beside the prefix. ``linears_only``: a target that takes only the linears of a model may
-    leave the rest to the host. ``samples`` [n, S] of token ids, no flag, show such a target the ranges
-    of what calibration gave no scales for.
+    leave the rest to the host. ``simulation``: compare what was compiled, in the target's simulator, with onnxruntime.
+    ``samples`` [n, S] of token ids, no flag, show such a target the ranges of what calibration gave no scales for.
     """
 
     sms: tuple[int, ...] = ()
@@ -40,6 +40,7 @@ class TargetOptions:
     prefill_len: int | None = None
     cache_len: int | None = None
     linears_only: bool = False
+    simulation: bool = True
     samples: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def given(self) -> list[str]:
@@ -55,6 +56,7 @@ class TargetOptions:
             "--prefill-len": self.prefill_len is not None,
             "--cache-len": self.cache_len is not None,
             "--linears-only": self.linears_only,
+            "--no-simulation": not self.simulation,
         }
         return [name for name, used in flags.items() if used]
 
@@ -71,7 +73,7 @@ def _no_options(options: TargetOptions, context: int | None) -> TargetOptions:
 def refuse_flags(options: TargetOptions, taken: tuple[str, ...]) -> None:
     """Refuse a flag that is not among those ``taken``."""
     if strange := [flag for flag in options.given() if flag not in taken]:
-        other = "trt" if strange[0] in GPU_FLAGS else "qnn-htp" if strange[0] in STATIC_FLAGS else "ethos-u"
+        other = "trt" if strange[0] in GPU_FLAGS else "ethos-u" if strange[0] == "--linears-only" else "qnn-htp"
         raise UsageError(f"{strange[0]} is not for this target", cure=f"Leave it out, or use --target {other}.")
 
 

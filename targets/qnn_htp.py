@@ -28,6 +28,7 @@ from pq_export.stages import Stages
 from pq_export.targets.base import STATIC_FLAGS, Target, TargetOptions
 from pq_export.targets.lint import refuse_findings
 from pq_export.targets.profile import find_profile
+from pq_export.targets.qnn_compare import compare_simulated
 from pq_export.targets.qnn_compile import compile_context, find_qnn
 from pq_export.targets.qnn_simulator import TARGET, open_simulator
 from pq_export.targets.static_form import StaticForm, save_static, static_graphs, tensors_to_observe
@@ -63,6 +64,7 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
         (directory / STATIC).mkdir()
         save_static(graphs, directory / STATIC)
     paths = {name: f"{STATIC}/{name}.onnx" for name in graphs.models}
+    static = {"graphs": paths, "facts": f"{STATIC}/static.json"}
     records = []
     with stages.stage("compile context binaries", len(options.socs)) as advance:
         for name in options.socs:
@@ -79,10 +81,15 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
                 )
             )
             advance()
-    return {
-        "static": {"graphs": paths, "facts": f"{STATIC}/static.json"},
-        "engines": [record.to_dict() for record in records],
-    }
+    engines = [record.to_dict() for record in records]
+    if options.simulation:
+        with stages.stage("compare with the simulator", len(records)) as advance:
+            for engine in engines:
+                soc, layers = find_profile(TARGET).socs[engine["soc"]], directory / engine["layers"]
+                compared = compare_simulated(directory, {**config, "static": static}, soc, options.samples, layers)
+                engine["simulator"] = compared.to_dict()
+                advance()
+    return {"static": static, "engines": engines}
 
 
 QNN_HTP = Target(
@@ -94,7 +101,7 @@ QNN_HTP = Target(
     cache=CacheForm.UNSIGNED,
     resolve=_resolve,
     finish=_finish,
-    takes=STATIC_FLAGS,
+    takes=(*STATIC_FLAGS, "--no-simulation"),
     wants_samples=True,
     online_rotation=False,
     simulate=open_simulator,

@@ -293,6 +293,8 @@ def test_the_whole_model_is_on_the_accelerator_in_integers(
     bundle = bundles(name, kv)
     (record,) = bundle.config["engines"]
     assert (record["soc"], record["soc_model"]) == ("sm8650", 57)
+    compared = record["simulator"]
+    assert min(*compared["prefill"], compared["decode"]) > LEAST_COSINE[name] and compared["seconds"] > 0
     assert set(record["contexts"]) == set(bundle.config["static"]["graphs"]) == {"prefill", "decode"}
     layers = json.loads((bundle.directory / record["layers"]).read_text(encoding="utf-8"))
     for graph in ("prefill", "decode"):

@@ -218,7 +218,7 @@ def _sm(text: str) -> int:
 def target_options(flags: dict[str, Any]) -> TargetOptions:
     """What the command line asks of the target."""
     names = ["jetpack", "max_batch_size", "max_input_len", "max_seq_len", "float_type"]
-    names += ["prefill_len", "cache_len", "linears_only"]
+    names += ["prefill_len", "cache_len", "linears_only", "simulation"]
     sms = tuple(_sm(part) for text in flags["sm"] for part in text.replace(",", " ").split())
     socs = tuple(part for text in flags["soc"] for part in text.replace(",", " ").split())
     return TargetOptions(sms=sms, socs=socs, **{name: flags[name] for name in names})

@@ -111,6 +111,11 @@ target_options = _stack(
         "--prefill-len", type=click.IntRange(min=2), help="Tokens of a prompt that an NPU takes at once (64)."
     ),
     click.option("--cache-len", type=click.IntRange(min=1), help="Tokens that an NPU's cache holds (512)."),
+    click.option(
+        "--simulation/--no-simulation",
+        default=True,
+        help="For qnn-htp: compare the compiled graphs with onnxruntime, in QNN's simulator (default: yes).",
+    ),
     click.option("--linears-only", is_flag=True, help="For ethos-u: the linears alone, with the rest on your host."),
 )
 
