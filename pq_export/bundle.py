@@ -33,6 +33,8 @@ from pq_export.quantizer import code_range
 
 FORMAT = "pq-export/bundle"
 SCHEMA_VERSION = 1
+# Of pq_config.json's entries.
+KINDS = {"target": str, "form": str, "precision": str, "source": dict, "prefix": dict, "kv_cache": dict}
 MODEL_NAME, DATA_NAME, CONFIG_NAME = "model.onnx", "model.onnx.data", "pq_config.json"
 EXTERNAL_DATA_ABOVE = 2 * 1024**3 - 64 * 1024**2  # a protobuf cannot pass 2 GiB; leave room for the graph
 EXTERNAL_TENSOR_ABOVE = 1024  # bytes; smaller initializers stay in the graph, readable in any viewer
@@ -282,10 +284,21 @@ def open_bundle(directory: Path, verify_hashes: bool = True) -> Bundle:
         )
     if not isinstance(config.get("files"), dict) or MODEL_NAME not in config["files"]:
         raise IntegrityError("does not list its files", where=path, cure="Build the bundle again.")
+    _check_kinds(config, path)
     for name, record in config["files"].items():
         _check_file(directory, name, record, verify_hashes)
     _check_external_data(directory, set(config["files"]))
     return Bundle(directory, config)
+
+
+def _check_kinds(config: dict[str, Any], path: Path) -> None:
+    """What every reader relies on, so that a file changed by hand is one line."""
+    prefix, records = config.get("prefix"), config["files"].values()
+    usable = {name: isinstance(config.get(name), kind) for name, kind in KINDS.items()}
+    usable["prefix.length"] = isinstance(prefix, dict) and isinstance(prefix.get("length"), int)
+    usable["files"] = all(isinstance(record, dict) and {"bytes", "sha256"} <= set(record) for record in records)
+    if missing := [name for name, fine in usable.items() if not fine]:
+        raise IntegrityError(f"has no usable {missing[0]}", where=path, cure="Build the bundle again.")
 
 
 def _check_file(directory: Path, name: str, record: dict[str, Any], verify_hashes: bool) -> None:

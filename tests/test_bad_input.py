@@ -320,6 +320,20 @@ def test_bundle_that_lists_a_file_outside(pq: Runner, made: Path) -> None:
     pq.refuses("inspect", made / "bundle", says=("outside the bundle",))
 
 
+ENTRIES = ("target", "form", "precision", "prefix", "kv_cache", "files", "source")
+DAMAGED = [(entry, value) for entry in ENTRIES for value in (None, 3)]
+
+
+@pytest.mark.parametrize(("entry", "value"), [*DAMAGED, ("prefix", {}), ("files", {"model.onnx": None})])
+def test_bundle_whose_description_was_damaged(pq: Runner, made: Path, entry: str, value: object) -> None:
+    path = made / "bundle" / CONFIG_NAME
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {entry: value}))
+    commands = (("inspect",), ("generate", "-p", "w3"), ("check", "--target", "static"))
+    for command, *flags in commands:
+        pq.refuses(command, made / "bundle", *flags, says=(CONFIG_NAME,))
+
+
 def test_not_a_bundle_and_newer_bundle(pq: Runner, made: Path, tmp_path: Path) -> None:
     pq.refuses("generate", tmp_path, "-p", "hi", says=("not a bundle",))
     config = json.loads((made / "bundle" / CONFIG_NAME).read_text())

@@ -674,10 +674,14 @@ def test_no_false_alarm_on_what_openvino_reads(precision: str, shipped: Callable
         assert {found.rule for found in findings} == {"domain"}
 
 
+BUNDLE: dict[str, Any] = {"format": "pq-export/bundle", "schema_version": 1, "target": "ort", "form": "qdq"}
+BUNDLE |= {"precision": "W8A8KV8", "kv_cache": {}, "source": {}}
+
+
 def test_a_bundle_of_linears_is_read_as_one(shipped: Callable[..., Model], tmp_path: Path) -> None:
     onnx.save(shipped("ort", "w8a8", Form.QDQ, 8, "offline"), tmp_path / "model.onnx")
     record = {"bytes": (tmp_path / "model.onnx").stat().st_size, "sha256": ""}
-    config: dict[str, Any] = {"format": "pq-export/bundle", "schema_version": 1, "files": {"model.onnx": record}}
+    config: dict[str, Any] = BUNDLE | {"files": {"model.onnx": record}}
     config |= {"prefix": {"length": 3}, "ethos_u": {"not_lowered": ["attention"]}}
     (tmp_path / "pq_config.json").write_text(json.dumps(config))
     assert lint_bundle(tmp_path, find_profile("ethos-u").for_soc()) == []
@@ -746,7 +750,7 @@ def test_graphs_of_fixed_shapes_are_those_that_a_static_target_is_about(tmp_path
     files = {
         name: {"bytes": (tmp_path / name).stat().st_size, "sha256": ""} for name in ("model.onnx", "static/decode.onnx")
     }
-    config = {"format": "pq-export/bundle", "schema_version": 1, "files": files, "prefix": {"length": PREFIX}}
+    config = BUNDLE | {"files": files, "prefix": {"length": PREFIX}}
     (tmp_path / "pq_config.json").write_text(json.dumps(config))
     profile = find_profile("qnn-htp").for_soc()
     assert {found.rule for found in lint_bundle(tmp_path, profile)} == {"symbolic-dimension"}

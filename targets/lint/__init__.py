@@ -119,6 +119,7 @@ def lint_file(
 
 def graphs_of(config: dict[str, Any], profile: Profile) -> list[str]:
     """Files of the graphs that ``profile`` is compared with. ``config``: of the bundle."""
-    listed = config.get("static", {}).get("graphs", {}) if profile.shapes.static else {}
-    names = list(listed.values()) if isinstance(listed, dict) else list(listed)
+    static = config.get("static")
+    listed = static.get("graphs") if profile.shapes.static and isinstance(static, dict) else None
+    names = list(listed.values()) if isinstance(listed, dict) else []
     return [name for name in names if name in config.get("files", {})] or [MODEL_NAME]
