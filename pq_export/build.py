@@ -13,6 +13,8 @@ from pq_export.rewrite.lint import lint
 from pq_export.rewrite.pipeline import quantized_model
 from pq_export.stages import Stages
 from pq_export.targets.base import Target, TargetOptions
+from pq_export.targets.lint import refuse_findings
+from pq_export.targets.profile import find_profile
 
 
 def build(
@@ -43,6 +45,9 @@ def build(
                 f"the graph is not static: {findings[0]} ({len(findings)} findings): this is a defect, please report it"
             )
         model = target.lower(model, resolved)
+        profile = find_profile(target.name)
+        if not profile.shapes.static:  # the others look at the graphs that they make of this one
+            refuse_findings({"model": model}, profile.for_soc(), len(calibration.prefix.token_ids))
     with stages.stage("write bundle"), new_directory(output) as directory:
         write_bundle(
             directory,

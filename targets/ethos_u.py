@@ -27,6 +27,8 @@ from pq_export.precision import Precision
 from pq_export.rewrite.qlinear import Form
 from pq_export.stages import Stages
 from pq_export.targets.base import Target, TargetOptions
+from pq_export.targets.lint import refuse_findings
+from pq_export.targets.profile import find_profile
 from pq_export.targets.tosa_linears import (
     LoweredLinear,
     find_linears,
@@ -95,6 +97,10 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
         model = onnx.load(directory / "model.onnx")
         if floating := floating_linears(model):
             raise PqExportError("its input is in floating point", where=floating[0], cure="Use --w8a8 or --w4a8.")
+        for name in options.socs:
+            refuse_findings(
+                {"model": model}, find_profile("ethos-u").for_soc(name.removeprefix("ethos-")), linears_only=True
+            )
         linears = [lower_linear(linear, OUTPUT_BITS) for linear in find_linears(model)]
         left = not_lowered(model)
         del model

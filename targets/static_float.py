@@ -6,7 +6,9 @@ function of ``input_ids``, ``position_ids``, ``attention_bias`` and the cache, w
 * every quantized linear as one ``pq::QLinear`` node, as the rewriter had it (:mod:`pq_export.rewrite.qlinear`);
 * the cache as one node a tensor: codes in, codes of the new tokens out;
 * the prefix, the rotary tables and every target of a Reshape as constants;
-* no operator that works on shapes or on the mask.
+* no operator that works on shapes or on the mask;
+* heads split off behind the rotary embedding, and merged without a Reshape that mixes queries with heads: other ways to
+  say the same, which Qualcomm's compiler gets wrong for some shapes.
 
 Names of tensors stay those of ``model.onnx``, so that ranges observed there hold here.
 """
@@ -78,6 +80,10 @@ def float_graph(model: onnx.ModelProto, new_len: int, cache_len: int) -> FloatGr
     pin_inputs(graph, new_len)
     graph.cleanup(remove_unused_graph_inputs=True).toposort()
     pin_shapes(graph, new_len, repeats)
+    rotate_before_transpose(graph)
+    if new_len > 1 and repeats > 1:
+        unstack_queries(graph, new_len, repeats)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return FloatGraph(graph, cache, scores, prefix_len)
 
 
@@ -339,3 +345,74 @@ def _is_query_stack(node: gs.Node) -> bool:
     """Whether this Reshape feeds the product of queries and keys, not the merge of heads behind attention."""
     following = node.outputs[0].outputs[0]
     return following.op in ("Mul", "MatMul")
+
+
+def rotate_before_transpose(graph: gs.Graph) -> None:
+    """Queries and keys are rotated as [1, S, H, D], and heads come first after that.
+
+    With heads first, QNN 2.51 computes wrong products with the tables for some shapes: for 9 heads of 64 and 64 tokens
+    those of the last 32 tokens.
+
+    Before::
+
+        x [1, S, H, D] -> Transpose ─► Split -> Mul, Sub, Add -> Concat ─► [1, H, S, D]
+                   cos, sin -> Unsqueeze(1) ────┘
+
+    After::
+
+        x [1, S, H, D] ─► Split -> Mul, Sub, Add -> Concat -> Transpose ─► [1, H, S, D]
+        cos, sin -> Unsqueeze(2) ──┘
+    """
+    behind_heads = gs.Constant("rotary.axis", np.array([2], np.int64))
+    for split in [n for n in graph.nodes if n.op == "Split" and n.inputs[0].inputs]:
+        transpose, rotated = split.inputs[0].inputs[0], _rotation_behind(split)
+        if transpose.op != "Transpose" or rotated is None or len(transpose.outputs[0].outputs) != 1:
+            continue
+        products, whole = rotated
+        for table in (node.inputs[1].inputs[0] for node in products):
+            table.inputs[1] = behind_heads
+        turned = transpose.outputs[0]
+        split.inputs[0] = transpose.inputs[0]
+        reconnect(whole, turned)
+        transpose.inputs[0] = whole
+
+
+def _rotation_behind(split: gs.Node) -> tuple[list[gs.Node], gs.Tensor] | None:
+    """The four products with a table, and what they become, where ``split`` makes halves for a rotary embedding."""
+    products = [node for half in split.outputs for node in half.outputs]
+    if len(products) != 4 or any(n.op != "Mul" or _producer(n.inputs[1]) != "Unsqueeze" for n in products):
+        return None
+    sums = {id(node): node for product in products for node in product.outputs[0].outputs}
+    joins = {id(node): node for added in sums.values() for node in added.outputs[0].outputs}
+    if sorted(n.op for n in sums.values()) != ["Add", "Sub"] or [n.op for n in joins.values()] != ["Concat"]:
+        return None
+    return products, next(iter(joins.values())).outputs[0]
+
+
+def _producer(tensor: gs.Tensor) -> str:
+    return str(tensor.inputs[0].op) if tensor.inputs else ""
+
+
+def unstack_queries(graph: gs.Graph, new_len: int, repeats: int) -> None:
+    """What attention gives for the R queries that share a KV head goes side by side without a Reshape.
+
+    QNN 2.51 computes wrong numbers for 2 stacked queries of 8 tokens where the Reshape leads to 8-bit codes.
+
+    Before::
+
+        [1, G, R·S, D] -> Reshape -> [1, G·R, S, D] -> Transpose -> [1, S, G·R, D] -> Reshape ─► [1, S, G·R·D]
+
+    After::
+
+        [1, G, R·S, D] -> Split -> R times [1, G, S, D] -> Concat -> [1, G, S, R·D] -> Transpose -> Reshape ─►
+    """
+    sizes = gs.Constant(f"heads.split/{new_len}", np.full(repeats, new_len, np.int64))
+    for softmax in [n for n in graph.nodes if n.op == "Softmax"]:
+        stacked = softmax.outputs[0].outputs[0].outputs[0]
+        reshape = stacked.outputs[0]
+        parts = [gs.Variable(f"{stacked.name}/{i}", dtype=F32) for i in range(repeats)]
+        split = gs.Node("Split", f"{stacked.name}/split", {"axis": 2}, [stacked, sizes], parts)
+        graph.nodes.append(split)
+        beside = reshape.outputs[0]
+        reshape.outputs.clear()
+        graph.nodes.append(gs.Node("Concat", beside.name, {"axis": 3}, list(parts), [beside]))

@@ -8,6 +8,7 @@ tensor                            scale
 rows of a table                   range of the table
 Reshape, Transpose, Split, ...    that of its input: codes only move
 halves that a Concat joins        that of the joined tensor
+a Concat of tensors of one scale  that scale: codes only move
 Softmax, Sigmoid                  [0, 1]
 scores behind the mask            those before it, and :data:`HIDDEN_MARGIN` below them
 ``attention_bias``                [hidden, 0]; two codes
@@ -106,7 +107,7 @@ def plan_scales(
             name = output.name
             if name in plan or name.startswith("present."):
                 continue
-            if node.op in MOVES:
+            if node.op in MOVES or _joins_one_scale(node, plan):
                 plan[name] = plan[node.inputs[0].name]
             elif node.op == "Gather":
                 plan[name] = spread(float(node.inputs[0].values.min()), float(node.inputs[0].values.max()))
@@ -121,6 +122,12 @@ def plan_scales(
                 low, high = _observed(ranges, joined.get(name, name))
                 plan[name] = spread(low * HEADROOM, high * HEADROOM)
     return plan
+
+
+def _joins_one_scale(node: gs.Node, plan: Mapping[str, QParams]) -> bool:
+    """Whether this is a Concat of tensors whose codes mean the same."""
+    scales = [plan.get(t.name) for t in node.inputs]
+    return bool(node.op == "Concat" and scales[0] is not None and all(s == scales[0] for s in scales))
 
 
 class _Recorder(dict[str, Range]):

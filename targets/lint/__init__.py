@@ -63,15 +63,20 @@ def lint_model(
     return [*findings, *prefix(view, profile, prefix_length)]
 
 
-def refuse_findings(models: Mapping[str, onnx.ModelProto], profile: Profile, prefix_length: int | None = None) -> None:
+def refuse_findings(
+    models: Mapping[str, onnx.ModelProto],
+    profile: Profile,
+    prefix_length: int | None = None,
+    *,
+    linears_only: bool = False,
+) -> None:
     """Raise :class:`PqExportError` with the first finding on ``models``, name -> graph, and their number.
 
-    For targets, before their compiler sees a graph. ``profile``: of one chip; ``prefix_length`` as in
-    :func:`lint_model`.
+    For targets, before their compiler sees a graph. ``profile``: of one chip; the rest as in :func:`lint_model`.
     """
     findings: list[Finding] = []
     for name, model in models.items():
-        findings += lint_model(model, profile, name=name, prefix_length=prefix_length)
+        findings += lint_model(model, profile, name=name, prefix_length=prefix_length, linears_only=linears_only)
     if findings:
         chip = f" ({profile.soc.name})" if profile.soc else ""
         raise PqExportError(
