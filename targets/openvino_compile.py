@@ -30,7 +30,7 @@ from onnx import TensorProto
 from pq_export.errors import PqExportError
 from pq_export.files import errors_of
 from pq_export.rewrite.last_logits import NUM_LOGITS
-from pq_export.targets.worker_process import Worker
+from pq_export.targets.worker_process import Worker, new_log
 
 INSTALL = "pip install openvino==2026.4.1"
 FOLDER = "openvino"
@@ -147,7 +147,7 @@ def make_ir(
     target = directory / FOLDER
     with errors_of(directory):
         target.mkdir(parents=True)
-        log = (failed_logs or target) / f"openvino.{LOG_NAME}"
+        log = new_log(failed_logs or target, f"openvino.{LOG_NAME}")
         with tempfile.TemporaryDirectory(prefix=".openvino.", dir=directory) as folder:
             part = Path(folder).resolve()
             request = {

@@ -31,7 +31,7 @@ from pq_export.errors import PqExportError
 from pq_export.files import errors_of
 from pq_export.targets.profile import Soc
 from pq_export.targets.qnn_layers import check_layers, linears_of, read_layers, refuse
-from pq_export.targets.worker_process import Worker
+from pq_export.targets.worker_process import Worker, new_log
 
 INSTALL = "pip install onnxruntime-qnn==2.7.0"
 LICENCE = "its QNN libraries are under Qualcomm's AI Stack License"
@@ -99,7 +99,7 @@ def compile_context(
     engines = directory / ENGINES
     with errors_of(directory):
         engines.mkdir(parents=True, exist_ok=True)
-        log = (failed_logs or engines) / f"{soc.name}.log"
+        log = engines / f"{soc.name}.log" if failed_logs is None else new_log(failed_logs, f"{soc.name}.log")
         progress(f"context binary for {soc.name}")
         with tempfile.TemporaryDirectory(prefix=f".{soc.name}.", dir=engines) as folder:
             part = Path(folder)
@@ -111,7 +111,7 @@ def compile_context(
             binary, version = _collect(part, engines, soc, list(graphs))
             (engines / f"{soc.name}.layers.json").write_text(listing(part, list(graphs)), encoding="utf-8")
             if log.parent != engines:
-                shutil.move(log, engines / log.name)
+                shutil.move(log, engines / f"{soc.name}.log")
     return ContextRecord(
         soc=soc.name,
         soc_model=soc.number,

@@ -30,7 +30,7 @@ import onnx
 
 from pq_export.errors import PqExportError
 from pq_export.files import errors_of
-from pq_export.targets.worker_process import Worker
+from pq_export.targets.worker_process import Worker, new_log
 
 PYTHON_VARIABLE = "PQ_RKNN_PYTHON"
 PACKAGE, TESTED_VERSION = "rknn-toolkit2", "2.5.0"
@@ -174,7 +174,7 @@ def compile_graph(
     with errors_of(directory):
         engines.mkdir(parents=True, exist_ok=True)
         stem = f"{platform}.{name}"
-        log = (failed_logs or engines) / f"{stem}.log"
+        log = engines / f"{stem}.log" if failed_logs is None else new_log(failed_logs, f"{stem}.log")
         with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=engines) as folder:
             part = Path(folder).resolve()
             arrays: dict[str, Any] = dict(feeds)
@@ -199,7 +199,7 @@ def compile_graph(
                 simulated = compare(outputs["logits"], expected["logits"])
             (part / "model.rknn").replace(engines / f"{stem}.rknn")
         if log.parent != engines:
-            shutil.move(log, engines / log.name)
+            shutil.move(log, engines / f"{stem}.log")
     content = (engines / f"{stem}.rknn").read_bytes()
     record = RknnGraph(
         platform=platform,

@@ -33,6 +33,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from pq_export.errors import PqExportError, UsageError
 from pq_export.files import errors_of
 from pq_export.targets.tensorrt_options import Profile
+from pq_export.targets.worker_process import new_log
 
 SMS = (75, 80, 86, 89, 120, 121)  # its ComputeCapability enum, 1.7
 ELSEWHERE = {
@@ -186,7 +187,7 @@ def build_engines(
         (directory / ENGINES).mkdir(parents=True, exist_ok=True)
         for sm in dict.fromkeys(sms):
             progress(f"engine for SM{sm}")
-            log = (failed_logs or directory / ENGINES) / f"sm{sm}.log"
+            log = directory / ENGINES / f"sm{sm}.log" if failed_logs is None else new_log(failed_logs, f"sm{sm}.log")
             records.append(_build_engine(model, directory, sm, profiles, library, facts, log, environment, timeout))
     return records
 

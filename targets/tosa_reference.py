@@ -14,7 +14,7 @@ import numpy as np
 
 from pq_export.targets.tosa_linears import LoweredLinear, sample_codes, tosa_graph
 from pq_export.targets.tosa_tools import tools_environment
-from pq_export.targets.worker_process import Worker
+from pq_export.targets.worker_process import Worker, new_log
 
 WORKER = Path(__file__).with_name("tosa_worker.py")
 TIMEOUT = 1800.0  # seconds for all graphs
@@ -36,7 +36,7 @@ def run_reference(
                 file.write_bytes(graph)
             np.save(part / f"{number}.x.npy", inputs[number])
             files.append(str(file.resolve()))
-        log = failed_logs / "tosa-reference-model.log"
+        log = new_log(failed_logs, "tosa-reference-model.log")
         worker = Worker("TOSA's reference model", [sys.executable, str(WORKER)], timeout)
         worker.run({"files": files, "folder": folder}, part, log, "Ethos-U", tools_environment())
         log.unlink()

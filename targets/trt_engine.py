@@ -38,6 +38,7 @@ from pq_export.targets.rtx_engines import ENGINES, TIMEOUT, EngineRecord, check_
 from pq_export.targets.tensorrt_form import executable
 from pq_export.targets.tensorrt_levels import Level
 from pq_export.targets.tensorrt_options import Profile, profiles
+from pq_export.targets.worker_process import new_log
 
 WORKER = Path(__file__).with_name("trt_worker.py")
 MODULES = ("tensorrt", "polygraphy")
@@ -192,7 +193,7 @@ def build_engine(
     It appears whole, and only if it passed all ``steps``. ``library``: the plugin, for a model in plugin form.
     ``timeout``: seconds. Raises :class:`PqExportError`, which names the log.
     """
-    where, log = f"engine for SM{sm}", directory.parent / f"sm{sm}.log"
+    where = f"engine for SM{sm}"
     engine, layers = f"{ENGINES}/sm{sm}.engine", f"{ENGINES}/sm{sm}.layers.json"
     with errors_of(directory):
         (directory / ENGINES).mkdir(parents=True, exist_ok=True)
@@ -209,6 +210,7 @@ def build_engine(
             "steps": [_written(step, part) for step in steps],
         }
         (part / "request").write_text(json.dumps(request), encoding="utf-8")
+        log = new_log(directory.parent, f"sm{sm}.log")
         answer = run_worker(
             WORKER, part / "request", log, where=where, title="TensorRT", environment=dict(os.environ), timeout=timeout
         )

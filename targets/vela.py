@@ -16,7 +16,7 @@ from typing import Any
 
 from pq_export.errors import PqExportError, UsageError
 from pq_export.targets.tosa_tools import tools_environment
-from pq_export.targets.worker_process import Worker
+from pq_export.targets.worker_process import Worker, new_log
 
 # --accelerator-config of Vela 5.2
 ACCELERATORS = (
@@ -68,7 +68,7 @@ def compile_tosa(
     names it; ``where``: what the graph is, for that line.
     """
     check_accelerators((accelerator,))
-    log = failed_logs / f"{output.stem}.{accelerator}.log"
+    log = new_log(failed_logs, f"{output.stem}.{accelerator}.log")
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent) as folder:
         part = Path(folder)
         arguments = [str(tosa.resolve()), "--accelerator-config", accelerator, "--output-dir", str(part.resolve())]

@@ -9,6 +9,7 @@ a lack of memory are then one line each, and the caller goes on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -83,6 +84,16 @@ class Worker:
             place = f"{where}, {answer['where']}" if answer.get("where") else where
             raise PqExportError(answer["error"].rstrip(". "), where=place, cure=f"{answer.get('cure', '')} {see}")
         return answer
+
+
+def new_log(folder: Path, name: str) -> Path:
+    """An empty file ``name`` in ``folder``, numbered where there is one: another command may be writing it."""
+    for number in itertools.count(1):
+        path = folder / (name if number == 1 else f"{Path(name).stem}-{number}{Path(name).suffix}")
+        with contextlib.suppress(FileExistsError):
+            path.open("xb").close()
+            break
+    return path
 
 
 def _answer(path: Path) -> dict[str, Any] | None:

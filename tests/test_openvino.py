@@ -187,9 +187,9 @@ def test_the_same_file_makes_the_same_ir(bundles: Callable[[str], Bundle], tmp_p
 def test_another_answer_than_onnxruntimes_is_refused(
     bundles: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle = bundles("w8a8")
     wrong = Agreement(tokens=17, cosine=0.985, max_error=1.0, max_logit=2.0, equal_codes=0.5)
     monkeypatch.setattr(openvino_compile, "compare", lambda *_: wrong)
-    bundle = bundles("w8a8")
     with pytest.raises(PqExportError, match=r"cosine 0\.9850, at least 0\.99 is expected at 8-bit activations"):
         OPENVINO.finish(again(bundle, tmp_path), bundle.config, TargetOptions(), Stages())
 
