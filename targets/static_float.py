@@ -7,8 +7,8 @@ function of ``input_ids``, ``position_ids``, ``attention_bias`` and the cache, w
 * the cache as one node a tensor: codes in, codes of the new tokens out;
 * the prefix, the rotary tables and every target of a Reshape as constants;
 * no operator that works on shapes or on the mask;
-* heads split off behind the rotary embedding, and merged without a Reshape that mixes queries with heads: other ways to
-  say the same, which Qualcomm's compiler gets wrong for some shapes.
+* with more than one token, rotary tables repeated for each head, and heads merged without a Reshape from stacked
+  queries: Qualcomm's compiler computes wrong numbers with the shorter forms for some shapes.
 
 Names of tensors stay those of ``model.onnx``, so that ranges observed there hold here.
 """
@@ -80,8 +80,8 @@ def float_graph(model: onnx.ModelProto, new_len: int, cache_len: int) -> FloatGr
     pin_inputs(graph, new_len)
     graph.cleanup(remove_unused_graph_inputs=True).toposort()
     pin_shapes(graph, new_len, repeats)
-    rotate_before_transpose(graph)
-    if new_len > 1 and repeats > 1:
+    if new_len > 1:
+        repeat_rotary_tables(graph)
         unstack_queries(graph, new_len, repeats)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return FloatGraph(graph, cache, scores, prefix_len)
@@ -347,56 +347,41 @@ def _is_query_stack(node: gs.Node) -> bool:
     return following.op in ("Mul", "MatMul")
 
 
-def rotate_before_transpose(graph: gs.Graph) -> None:
-    """Queries and keys are rotated as [1, S, H, D], and heads come first after that.
+def repeat_rotary_tables(graph: gs.Graph) -> None:
+    """The rotary tables come once for each head: products with them need no broadcasting.
 
-    With heads first, QNN 2.51 computes wrong products with the tables for some shapes: for 9 heads of 64 and 64 tokens
-    those of the last 32 tokens.
+    QNN 2.51 computes wrong products for some shapes where a table is broadcast: for 9 heads of 64 and 64 tokens those
+    of the last 32 tokens.
 
     Before::
 
-        x [1, S, H, D] -> Transpose ─► Split -> Mul, Sub, Add -> Concat ─► [1, H, S, D]
-                   cos, sin -> Unsqueeze(1) ────┘
+        cos [1, 1, S, D/2] ─► Mul(x [1, H, S, D/2])
 
-    After::
+    After, one Concat a table and number of heads, for all layers::
 
-        x [1, S, H, D] ─► Split -> Mul, Sub, Add -> Concat -> Transpose ─► [1, H, S, D]
-        cos, sin -> Unsqueeze(2) ──┘
+        cos -> Concat(H times, axis 1) ─► Mul(x)
     """
-    behind_heads = gs.Constant("rotary.axis", np.array([2], np.int64))
-    for split in [n for n in graph.nodes if n.op == "Split" and n.inputs[0].inputs]:
-        transpose, rotated = split.inputs[0].inputs[0], _rotation_behind(split)
-        if transpose.op != "Transpose" or rotated is None or len(transpose.outputs[0].outputs) != 1:
-            continue
-        products, whole = rotated
-        for table in (node.inputs[1].inputs[0] for node in products):
-            table.inputs[1] = behind_heads
-        turned = transpose.outputs[0]
-        split.inputs[0] = transpose.inputs[0]
-        reconnect(whole, turned)
-        transpose.inputs[0] = whole
+    for gather in [n for n in graph.nodes if n.op == "Gather" and n.inputs[0].name.startswith("rotary.")]:
+        table = gather.outputs[0].outputs[0].outputs[0]  # behind Unsqueeze
+        products: dict[int, list[gs.Node]] = {}
+        for node in table.outputs:
+            products.setdefault(_heads(next(t for t in node.inputs if t is not table)), []).append(node)
+        for heads, nodes in products.items():
+            repeated = add_node(graph, "Concat", [table] * heads, f"{table.name}/{heads}", F32, axis=1)
+            reconnect(table, repeated, nodes)
 
 
-def _rotation_behind(split: gs.Node) -> tuple[list[gs.Node], gs.Tensor] | None:
-    """The four products with a table, and what they become, where ``split`` makes halves for a rotary embedding."""
-    products = [node for half in split.outputs for node in half.outputs]
-    if len(products) != 4 or any(n.op != "Mul" or _producer(n.inputs[1]) != "Unsqueeze" for n in products):
-        return None
-    sums = {id(node): node for product in products for node in product.outputs[0].outputs}
-    joins = {id(node): node for added in sums.values() for node in added.outputs[0].outputs}
-    if sorted(n.op for n in sums.values()) != ["Add", "Sub"] or [n.op for n in joins.values()] != ["Concat"]:
-        return None
-    return products, next(iter(joins.values())).outputs[0]
-
-
-def _producer(tensor: gs.Tensor) -> str:
-    return str(tensor.inputs[0].op) if tensor.inputs else ""
+def _heads(tensor: gs.Tensor) -> int:
+    """H of a tensor [1, H, S, ...] that is made of a Reshape to [1, S, H, D]."""
+    node = tensor.inputs[0]
+    return int(node.inputs[1].values[2]) if node.op == "Reshape" else _heads(node.inputs[0])
 
 
 def unstack_queries(graph: gs.Graph, new_len: int, repeats: int) -> None:
     """What attention gives for the R queries that share a KV head goes side by side without a Reshape.
 
-    QNN 2.51 computes wrong numbers for 2 stacked queries of 8 tokens where the Reshape leads to 8-bit codes.
+    Nothing changes where R is 1. QNN 2.51 computes wrong numbers for 2 stacked queries of 8 tokens where the Reshape
+    leads to 8-bit codes.
 
     Before::
 
@@ -406,6 +391,8 @@ def unstack_queries(graph: gs.Graph, new_len: int, repeats: int) -> None:
 
         [1, G, R·S, D] -> Split -> R times [1, G, S, D] -> Concat -> [1, G, S, R·D] -> Transpose -> Reshape ─►
     """
+    if repeats == 1:
+        return
     sizes = gs.Constant(f"heads.split/{new_len}", np.full(repeats, new_len, np.int64))
     for softmax in [n for n in graph.nodes if n.op == "Softmax"]:
         stacked = softmax.outputs[0].outputs[0].outputs[0]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -17,7 +18,8 @@ from torch import nn
 from pq_export.calib.checkpoint import load_checkpoint
 from pq_export.calib.pipeline import calibrate
 from pq_export.calibration import Calibration
-from pq_export.decoder import Decoder
+from pq_export.decoder import Decoder, DecoderConfig
+from pq_export.export import fp_graph
 from pq_export.plan import Plan
 from pq_export.precision import Precision
 from pq_export.stages import Stages
@@ -98,6 +100,25 @@ _CONFIGS: dict[str, tuple[type, type, dict[str, object]]] = {
     ),
 }
 FAMILIES = tuple(_CONFIGS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports() -> Iterator[dict[DecoderConfig, bytes]]:
+    """torch.onnx.export takes seconds and depends on the configuration alone: once a process for each.
+
+    Whoever tests the export itself empties the dictionary.
+    """
+    made: dict[DecoderConfig, bytes] = {}
+    export = fp_graph._export_structure
+
+    def once(config: DecoderConfig) -> onnx.ModelProto:
+        if config not in made:
+            made[config] = export(config).SerializeToString()
+        return onnx.load_from_string(made[config])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp_graph, "_export_structure", once)
+        yield made
 
 
 def hf_model(family: str, seed: int = 0, **changes: object) -> nn.Module:

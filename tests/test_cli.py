@@ -16,6 +16,7 @@ import pytest
 
 from pq_export.calibration import read_calibration_json
 from pq_export.cli import commands
+from pq_export.decoder import DecoderConfig
 from pq_export.plan import PREFIX_ROOM
 from tests.cli_runner import Runner
 
@@ -113,8 +114,15 @@ def test_one_command_writes_a_whole_bundle(exported: Path) -> None:
 
 
 def test_two_runs_give_byte_identical_bundles_and_calibrations(
-    exported: Path, pq: Runner, tiny_llama_dir: Path, text_file: Path, other_text_file: Path, tmp_path: Path
+    exported: Path,
+    pq: Runner,
+    tiny_llama_dir: Path,
+    text_file: Path,
+    other_text_file: Path,
+    tmp_path: Path,
+    exports: dict[DecoderConfig, bytes],
 ) -> None:
+    exports.clear()
     again = pq(
         tiny_llama_dir,
         "--w4a4",

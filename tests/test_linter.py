@@ -17,7 +17,7 @@ from pq_export.calib.checkpoint import load_checkpoint
 from pq_export.calib.pipeline import calibrate
 from pq_export.calibration import Calibration
 from pq_export.errors import IntegrityError
-from pq_export.export.fp_graph import FPGraph, export_fp_graph
+from pq_export.export.fp_graph import export_fp_graph
 from pq_export.plan import Plan
 from pq_export.precision import Precision
 from pq_export.rewrite.pipeline import quantized_model
@@ -581,7 +581,6 @@ def shipped(
     hf_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(folder / "checkpoint")
     word_tokenizer().save_pretrained(folder / "checkpoint")
     calibrations: dict[tuple[str, int, str], Calibration] = {}
-    exported: list[FPGraph] = []
 
     def make_model(
         name: str, precision: str, form: Form | None, kv: int | None = None, rotate: str = "online"
@@ -591,12 +590,10 @@ def shipped(
             plan = small_plan(precision, key[1], prefix="w77 w8 w9", rotate=rotate)
             checkpoint = load_checkpoint(str(folder / "checkpoint"))
             calibrations[key] = calibrate(checkpoint, plan, folder / "-".join(map(str, key)), Stages())
-        if not exported:  # depends on sizes alone
-            exported.append(export_fp_graph(calibrations[key].decoder))
         target = find_target(name)
         options = target.resolve(TargetOptions(), None) if name == "trt" else TargetOptions()
         form = form or target.choose_form(Precision.named(precision), False, options)[0]
-        fp = FPGraph(exported[0].graph.copy(), exported[0].scope_of, exported[0].parameters)
+        fp = export_fp_graph(calibrations[key].decoder)
         model = quantized_model(fp, calibrations[key], form, cache=target.cache)
         return target.lower(model, options)
 

@@ -28,9 +28,8 @@ from pq_export.calibration import (
     prefix_key,
     save_calibration,
 )
-from pq_export.decoder import DecoderConfig
 from pq_export.errors import IntegrityError
-from pq_export.export import fp_graph
+from pq_export.export.fp_graph import export_fp_graph
 from pq_export.quantizer import pack_int4, quantize, scale_from_max
 from pq_export.report.html import render
 from pq_export.rewrite.lint import lint
@@ -130,17 +129,8 @@ def one(calibrations: Calibrations) -> Calibration:
 
 @pytest.fixture(scope="module")
 def model_of() -> ModelOf:
-    """``model_of(calibration, form)`` -> a model of its own. torch.onnx.export runs once a decoder."""
-    exported: dict[DecoderConfig, bytes] = {}
-
-    def make(c: Calibration, form: Form) -> onnx.ModelProto:
-        if c.decoder not in exported:
-            exported[c.decoder] = fp_graph._export_structure(c.decoder).SerializeToString()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fp_graph, "_export_structure", lambda config: onnx.load_from_string(exported[config]))
-            return quantized_model(fp_graph.export_fp_graph(c.decoder), c, form)
-
-    return make
+    """``model_of(calibration, form)`` -> a model of its own."""
+    return lambda c, form: quantized_model(export_fp_graph(c.decoder), c, form)
 
 
 def bits_of(c: Calibration) -> dict[str, int]:

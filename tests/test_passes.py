@@ -19,7 +19,6 @@ from pq_export.calib.checkpoint import Checkpoint, load_checkpoint
 from pq_export.calib.pipeline import calibrate
 from pq_export.calibration import Calibration, Source
 from pq_export.decoder import Decoder, DecoderConfig, KVPair
-from pq_export.export import fp_graph
 from pq_export.export.fp_graph import FPGraph, export_fp_graph
 from pq_export.hadamard import hadamard_factors
 from pq_export.plan import Plan
@@ -91,17 +90,8 @@ def decoder(request: pytest.FixtureRequest, checkpoint_dir: Callable[[str], Path
 
 @pytest.fixture(scope="module")
 def fresh() -> Callable[[DecoderConfig], FPGraph]:
-    """``fresh(config)`` -> its exported graph, unaltered. torch.onnx.export runs once a config."""
-    exported: dict[DecoderConfig, bytes] = {}
-
-    def make(config: DecoderConfig) -> FPGraph:
-        if config not in exported:
-            exported[config] = fp_graph._export_structure(config).SerializeToString()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fp_graph, "_export_structure", lambda c: onnx.load_from_string(exported[c]))
-            return export_fp_graph(config)
-
-    return make
+    """``fresh(config)`` -> its exported graph, unaltered."""
+    return export_fp_graph
 
 
 Fresh = Callable[[DecoderConfig], FPGraph]

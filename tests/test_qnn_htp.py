@@ -34,6 +34,7 @@ from pq_export.targets.qnn_compile import compile_context, find_qnn, sha256_of
 from pq_export.targets.qnn_layers import Layer, check_layers, linears_of
 from pq_export.targets.qnn_simulator import Simulator, open_simulator
 from tests.cli_runner import Runner
+from tests.conftest import hf_model, word_tokenizer
 
 pytest.importorskip("onnxruntime_qnn")
 
@@ -330,6 +331,38 @@ def test_the_simulator_computes_what_the_graphs_say(bundles: Callable[[str, int]
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float((one * other).sum() / np.sqrt((one * one).sum() * (other * other).sum()))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "hidden", "prefill"),
+    [(9, 3, 64, 144, 64), (4, 2, 16, 64, 8)],
+    ids=["rotary embedding", "merged heads"],
+)
+def test_shapes_of_attention_that_the_compiler_got_wrong(
+    small_plan: Callable[..., Plan],
+    tmp_path: Path,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    hidden: int,
+    prefill: int,
+) -> None:
+    """Same function, other nodes: with those of ``model.onnx``, cosines of half of the tokens are 0.3."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    model = hf_model("llama", hidden_size=hidden, num_hidden_layers=1, **shape)
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    folder, plan = tmp_path / "calib", small_plan("w8a8", 8, rotate="offline", prefix="w77 w8 w9")
+    calibration = calibrate(load_checkpoint(str(tmp_path / "model")), plan, folder, Stages())
+    samples = sample_windows(calibration, folder, Stages())
+    options = TargetOptions(prefill_len=prefill, cache_len=prefill + 16, samples=samples, simulation=False)
+    build(calibration, folder, find_target("qnn-htp"), tmp_path / "bundle", Stages(), options=options)
+    bundle, ids, logits = open_bundle(tmp_path / "bundle"), np.random.default_rng(0).integers(3, 300, (1, prefill)), {}
+    for where in ("static", "simulator"):
+        with running_decoder(bundle, where) as decoder:
+            logits[where] = decoder.step(ids, decoder.empty())[0][0]
+    tokens = zip(logits["simulator"], logits["static"], strict=True)
+    assert min(cosine(one, other) for one, other in tokens) > 0.98
 
 
 def test_generate_runs_the_simulator(pq: Runner, bundles: Callable[[str, int], Bundle]) -> None:
