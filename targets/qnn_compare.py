@@ -1,8 +1,9 @@
 """A context binary's arithmetic, in Qualcomm's simulator, beside the same graphs in onnxruntime.
 
-QNN 2.51 computes wrong numbers for some shapes (of attention, so far) although its compiler, its list of layers and a
-strict session are content: the cosine of the logits is then 0.3 to 0.8 for whole runs of tokens. Right graphs differ by
-rounding, which single tokens at a boundary blow up, but not half of them.
+QNN 2.51 computes wrong numbers for some shapes although its compiler, its list of layers and a strict session are
+content: the cosine of the logits is then 0.3 to 0.8 for whole runs of tokens. The graphs avoid the two forms that are
+known (:func:`~pq_export.targets.static_float.repeat_rotary_tables` and ``unstack_queries``); this is for others. Right
+graphs differ by rounding, which single tokens at a boundary blow up, but not half of them.
 """
 
 from __future__ import annotations
