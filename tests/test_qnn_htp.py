@@ -517,11 +517,11 @@ OTHER_BYTES = 49152 * 576 * 3 + 8192 * 64 * 2 * 2  # a table of uint16, an int8 
 @pytest.mark.skipif(not MODEL, reason="PQ_EXPORT_DEMO_MODEL is not set; 'make test' sets it")
 def test_the_whole_real_model_is_compiled(pq: Runner, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    crops = {"calib_samples": 4, "seq_len": 128, "search_samples": 1, "search_seq_len": 64, "steps": []}
+    crops = {"calib_samples": 4, "seq_len": 128, "search_samples": 1, "search_seq_len": 64, "steps": ["clip_search"]}
     recipe.write_text(json.dumps({**crops, "rotate": "offline"}), encoding="utf-8")
     made = pq("calibrate", MODEL, "--w4a16", "--kv", "8", "--recipe", recipe, "-o", tmp_path / "calibration")
     assert made.code == 0, made.err
-    built = pq("build", tmp_path / "calibration", "--target", "qnn-htp", "-o", tmp_path / "bundle")
+    built = pq("build", tmp_path / "calibration", "--target", "qnn-htp", "--no-simulation", "-o", tmp_path / "bundle")
     assert built.code == 0, built.err
     (record,) = open_bundle(tmp_path / "bundle").config["engines"]
     assert {graph: counts["FullyConnected"] for graph, counts in record["counts"].items()} == {
