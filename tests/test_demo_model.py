@@ -49,7 +49,7 @@ def w4a4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """W4A4KV4 with GPTQ on little text; one window of perplexity."""
     folder = tmp_path_factory.mktemp("w4a4")
     steps = ["center", "clip_search", {"gptq": {"samples": 4, "refine": 0}}]
-    recipe = recipe_file(folder, calib_samples=8, search_samples=6, steps=steps)
+    recipe = recipe_file(folder, calib_samples=8, search_samples=2, steps=steps)
     return pq(MODEL, "--target", "ort", "--w4a4", "--recipe", recipe, "--windows", 1, "-o", folder / "out")
 
 
