@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 from collections import Counter
@@ -53,7 +52,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         raise RefusedError("TensorRT does not take the plugin library", Path(request["library"]).name)
     content = build(trt, request)
     Path(request["engine"]).write_bytes(content)
-    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, peak = time.perf_counter() - started, peak_rss()
     engine = load_engine(content)
     del content
     layers = list_layers(trt, engine)
@@ -199,6 +198,11 @@ def reason(errors: list[str], otherwise: str) -> str:
     """The plugin's own words where there are any, else TensorRT's last ones; polygraphy only says that it failed."""
     own = [text[text.index(OWN_ERROR) :] for text in errors if OWN_ERROR in text]
     return [*own[:1], *reversed(errors), otherwise][0]
+
+
+def peak_rss() -> int:
+    """Bytes. ru_maxrss would be that of the process that started this one, where it was larger."""
+    return int(Path("/proc/self/status").read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def main(request_path: str) -> None:
