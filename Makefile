@@ -15,12 +15,12 @@ test: $(VENV)/.installed $(GGUF) lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 20
 	$(MAKE) --jobs 2 --output-sync=target test-model test-kernels
 
-# Half of each is one thread's work.
+# Side by side on two cores. One thread for PyTorch: two would spend most of their time waiting for each other.
 test-model: $(VENV)/.installed $(GGUF)
-	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations 12 tests/test_demo_model.py
+	OMP_NUM_THREADS=1 PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations 12 tests/test_demo_model.py
 
 test-kernels: $(VENV)/.installed $(GGUF)
-	PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations 6 --ignore tests/test_demo_model.py
+	OMP_NUM_THREADS=1 PQ_EXPORT_DEMO_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations 6 --ignore tests/test_demo_model.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
