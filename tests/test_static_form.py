@@ -19,7 +19,14 @@ from pq_export.rewrite.lint import lint
 from pq_export.rewrite.pipeline import quantized_model
 from pq_export.rewrite.qlinear import Form
 from pq_export.runtime import OrtDecoder, session_options
-from pq_export.targets.static_form import StaticForm, StaticGraphs, save_static, static_graphs, tensors_to_observe
+from pq_export.targets.static_form import (
+    WIDE_OUTPUTS,
+    StaticForm,
+    StaticGraphs,
+    save_static,
+    static_graphs,
+    tensors_to_observe,
+)
 from pq_export.targets.static_ranges import observe_ranges
 from tests.conftest import VOCAB
 
@@ -255,7 +262,7 @@ def test_linears_are_units_that_hexagon_takes(made: Any, name: str, kv: int | No
         x, weight, y = producer[node.input[0]], producer[node.input[1]], readers[node.output[0]]
         assert (x.op_type, weight.op_type, y.op_type) == ("DequantizeLinear", "DequantizeLinear", "QuantizeLinear")
         assert values[x.input[2]].data_type == values[y.input[2]].data_type
-        narrow = name in ("w8a8", "w4a8") and not node.name.endswith(("down_proj", "lm_head"))
+        narrow = name in ("w8a8", "w4a8") and not node.name.endswith((*WIDE_OUTPUTS, "lm_head"))
         assert values[x.input[2]].data_type == (onnx.TensorProto.UINT8 if narrow else onnx.TensorProto.UINT16)
         int4 = name.startswith("w4") and node.name != "lm_head"
         assert values[weight.input[0]].data_type == (onnx.TensorProto.INT4 if int4 else onnx.TensorProto.INT8)
