@@ -37,7 +37,7 @@ WEIGHTS_NAME, FACTS_NAME = "weights.data", "static.json"
 OPSET, IR_VERSION = 23, 11  # RMSNormalization came with 23
 # down_proj: the residual stream's largest values come from there. gate_proj and up_proj: smoothing leaves their
 # channels as different as those of down_proj's input are.
-WIDE_OUTPUTS = ("down_proj", "gate_proj", "up_proj")
+WIDE_OUTPUTS = None
 EXTERNAL_ABOVE = 1024  # bytes
 
 

@@ -1,8 +1,8 @@
 """``python -m pq_export.cuda.bench``: a whole W4A4 decoder beside FP16 on this machine's GPU, in one process.
 
 Random weights of a real model's sizes. Prefill of one sequence, and one decode step behind a full context. Variants of
-a workload take turns, so that clocks and temperature are the same for all; a model's weights pass the L2 cache every
-time by themselves. Ratios are to the fastest FP16 variant.
+a workload take turns, so that temperature and whatever else drifts is the same for all; a model's weights pass the L2
+cache every time by themselves. Ratios are to the fastest FP16 variant.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ Note = Callable[[str], None]
 Call = Callable[[], object]
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 ROOM = 64  # tokens of a cache behind the context
-TURN_MS, MAX_REPEATS = 20.0, 16
+# A turn: calls until clocks are those that this variant's own power leaves it, then those that are timed.
+SETTLE_MS, TURN_MS = 300.0, 100.0
 EAGER, GRAPH, COMPILED = "fp16 eager", "fp16 graph", "fp16 compiled + graph"
 STATIC, APART, DYNAMIC = "w4a4 static", "w4a4 static, no overlap", "w4a4 dynamic"
 FLOATS, OURS = (EAGER, GRAPH, COMPILED), (STATIC, APART, DYNAMIC)
@@ -294,18 +295,18 @@ def measure_times(
 def by_turns(
     calls: dict[str, Call], rounds: int, sdpa: Callable[[], contextlib.AbstractContextManager[Any]]
 ) -> dict[str, float]:
-    """Median milliseconds of each call. A turn is as many calls, one behind the other, as hide their launch.
+    """Median milliseconds of each call. A turn is many calls, one behind the other.
 
-    ``sdpa``: what eager calls run under.
+    In a prefill a GPU is short of power and lowers its clocks. Right behind another variant's turn it would run at
+    the clocks that the other one left. ``sdpa``: what eager calls run under.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     with sdpa():
-        repeats = {
-            name: min(math.ceil(TURN_MS / (1e3 * _seconds(call, 1))), MAX_REPEATS) for name, call in calls.items()
-        }
+        once = {name: 1e3 * _seconds(call, 1) for name, call in calls.items()}
         for _ in range(rounds):
             for name, call in calls.items():
-                times[name].append(1e3 * _seconds(call, repeats[name], warm=0))
+                warm, repeats = (math.ceil(ms / once[name]) for ms in (SETTLE_MS, TURN_MS))
+                times[name].append(1e3 * _seconds(call, repeats, warm))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -1,7 +1,8 @@
 """Decoders of real sizes with random weights, made on the GPU in packed form: what the benchmark runs.
 
-Scales are such that activations keep their size from layer to layer and codes spread over their range: a GPU
-multiplies zeros faster than numbers.
+Scales are such that activations keep their size from layer to layer and that the codes of activations and weights are
+those of normal values: a GPU that is short of power multiplies zeros faster than numbers, and few bits that change
+faster than many, so the codes must be as real ones are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ SHAPES = {
 }
 ROPE_THETA = 500000.0
 BRANCH = 0.2  # size of what a layer adds to the residual stream of size 1
-INT4_DEVIATION = 4.61  # of uniform codes -8..7
 SPREAD = 3.0  # what the largest code stands for, in standard deviations
 ATTENTION_DEVIATION, SILU_DEVIATION = 0.12, 0.6  # of attention over 2048 tokens, and of silu(gate) * up
 
@@ -59,12 +59,20 @@ def random_weights(
         values = torch.empty(shape, dtype=dtype, device=device)
         return values.normal_(0, deviation, generator=generator)
 
+    def codes(size: int, deviation: float) -> Tensor:
+        """``size`` bytes of weights, in any layout: all of them hold two's complement."""
+        bound = 2 ** (b.weight - 1)
+        values = normal(size * 8 // b.weight, deviation=deviation).round_().clamp_(-bound, bound - 1).to(torch.int8)
+        if b.weight == 8:
+            return values.view(torch.uint8)
+        low, high = values.view(torch.uint8).view(2, -1)
+        return (low & 15) | (high << 4)
+
     def linear(K: int, N: int, x_deviation: float, y_deviation: float) -> Linear:
         x_scale = SPREAD * x_deviation / 2 ** (b.activation - 1)
-        w_deviation = INT4_DEVIATION * 16 ** (b.weight // 4 - 1)
+        w_deviation = 2 ** (b.weight - 1) / SPREAD
         w_scale = y_deviation / (x_deviation * w_deviation * math.sqrt(K))
-        size = (packed_bytes(layout, N, K),)
-        data = torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=generator)
+        data = codes(packed_bytes(layout, N, K), w_deviation)
         scale = torch.full((N,), x_scale * w_scale, dtype=torch.float32, device=device)
         return Linear(Site(x_scale, b.activation, layout.x_type), PackedWeights(data, scale, None, layout, N, K))
 
