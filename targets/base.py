@@ -26,7 +26,8 @@ class TargetOptions:
     ``max_input_len`` of a prompt, ``max_seq_len`` of prompt and answer. ``float_type``: "fp16" or "fp32", of what is
     not quantized. For graphs of fixed shapes: ``socs`` are the chips, ``prefill_len`` tokens are processed at once, and
     ``cache_len`` remembered beside the prefix. ``linears_only``: a target that takes only the linears of a model may
-    leave the rest to the host. ``simulation``: compare what was compiled, in the target's simulator, with onnxruntime.
+    leave the rest to the host. ``wide_outputs``: 8-bit linears, such as "up_proj", that write 16 bits; None: all.
+    ``simulation``: compare what was compiled, in the target's simulator, with onnxruntime.
     ``samples`` [n, S] of token ids, no flag, show such a target the ranges of what calibration gave no scales for.
     """
 
@@ -40,6 +41,7 @@ class TargetOptions:
     prefill_len: int | None = None
     cache_len: int | None = None
     linears_only: bool = False
+    wide_outputs: tuple[str, ...] | None = None
     simulation: bool = True
     samples: np.ndarray | None = field(default=None, compare=False, repr=False)
 
@@ -56,6 +58,7 @@ class TargetOptions:
             "--prefill-len": self.prefill_len is not None,
             "--cache-len": self.cache_len is not None,
             "--linears-only": self.linears_only,
+            "--wide-outputs": self.wide_outputs is not None,
             "--no-simulation": not self.simulation,
         }
         return [name for name, used in flags.items() if used]

@@ -21,6 +21,7 @@ from typing import Any
 
 import onnx
 
+from pq_export.errors import UsageError
 from pq_export.precision import Precision
 from pq_export.rewrite.kv_cache import CacheForm
 from pq_export.rewrite.qlinear import Form
@@ -36,11 +37,17 @@ from pq_export.targets.static_options import resolve_static
 from pq_export.targets.static_ranges import observe_ranges
 
 STATIC = "static"
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NO_GAIN = "4-bit activations gain nothing on this chip: it holds them in 8 bits; w4a8 is as fast and more accurate"
 
 
 def _resolve(options: TargetOptions, context: int | None) -> TargetOptions:
     find_qnn()  # before anything is calibrated
+    if unknown := [name for name in options.wide_outputs or () if name not in LINEARS]:
+        raise UsageError(
+            f"--wide-outputs: no linear is called '{unknown[0]}'",
+            cure=f"Use all, none, or some of {', '.join(LINEARS)}.",
+        )
     return resolve_static(options, context, find_profile(TARGET))
 
 
@@ -54,7 +61,7 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
     if Precision.parse(config["precision"]).activation_bits == 4:
         stages.progress.note(NO_GAIN)
     model = onnx.load(directory / "model.onnx")
-    form = StaticForm(options.prefill_len, options.cache_len)
+    form = StaticForm(options.prefill_len, options.cache_len, options.wide_outputs)
     with stages.stage("observe ranges", len(options.samples)) as advance:
         ranges = observe_ranges(model, tensors_to_observe(model), options.samples, advance)
     with stages.stage("static graphs"):
@@ -101,7 +108,7 @@ QNN_HTP = Target(
     cache=CacheForm.UNSIGNED,
     resolve=_resolve,
     finish=_finish,
-    takes=(*STATIC_FLAGS, "--no-simulation"),
+    takes=(*STATIC_FLAGS, "--wide-outputs", "--no-simulation"),
     wants_samples=True,
     online_rotation=False,
     simulate=open_simulator,

@@ -35,9 +35,6 @@ from pq_export.targets.static_quantize import Quantizer
 PREFILL, DECODE = "prefill", "decode"
 WEIGHTS_NAME, FACTS_NAME = "weights.data", "static.json"
 OPSET, IR_VERSION = 23, 11  # RMSNormalization came with 23
-# down_proj: the residual stream's largest values come from there. gate_proj and up_proj: smoothing leaves their
-# channels as different as those of down_proj's input are.
-WIDE_OUTPUTS = None
 EXTERNAL_ABOVE = 1024  # bytes
 
 
@@ -47,13 +44,15 @@ class StaticForm:
 
     ``prefill_len`` S and ``cache_len`` C in tokens, C without the prefix. ``wide_outputs``: last parts of the names of
     8-bit linears whose outputs have 16 bits (they then run with 16-bit inputs, which hold the same codes); None: all.
+    Outputs of 8 bits cost most behind down_proj, where the residual stream's largest values come from, and behind
+    gate_proj and up_proj once smoothing has left their channels as different as those of down_proj's input were.
     ``float_parts``: only linears of 8 bits and cache have codes, all else is floating point, lm_head too; all linears
     then have 8 bits in and out.
     """
 
     prefill_len: int = 64
     cache_len: int = 1024
-    wide_outputs: tuple[str, ...] | None = WIDE_OUTPUTS
+    wide_outputs: tuple[str, ...] | None = None
     float_parts: bool = False
 
     def __post_init__(self) -> None:

@@ -20,7 +20,6 @@ from pq_export.rewrite.pipeline import quantized_model
 from pq_export.rewrite.qlinear import Form
 from pq_export.runtime import OrtDecoder, session_options
 from pq_export.targets.static_form import (
-    WIDE_OUTPUTS,
     StaticForm,
     StaticGraphs,
     save_static,
@@ -128,8 +127,8 @@ CASES = [
     # precision, kv bits, family, fields of the form, smallest cosine
     ("w4a16", 8, "llama", {}, 0.9995),
     ("w4a16", None, "llama", {}, 0.9995),  # cache of 16 bits
-    ("w8a8", None, "llama", {}, 0.995),
-    ("w8a8", None, "llama", {"wide_outputs": None}, 0.998),
+    ("w8a8", None, "llama", {}, 0.998),
+    ("w8a8", None, "llama", {"wide_outputs": ("down_proj",)}, 0.995),
     ("w8a8", None, "llama-bias", {"wide_outputs": ()}, 0.995),
     ("w8a8", None, "qwen2", {}, 0.995),
     ("w8a8", None, "qwen3", {}, 0.995),
@@ -153,7 +152,7 @@ def test_prefill_and_decode_follow_the_portable_graph(
 
 def test_first_codes_are_those_of_the_portable_graph(made: Any) -> None:
     """In the first layer nothing but round-off of 16 bits lies before the keys and values."""
-    model, _, folder = made("w8a8", wide_outputs=None)
+    model, _, folder = made("w8a8")
     tokens = sample_tokens(1, TOTAL, seed=2)[0]
     _, past = reference(model, tokens)
     host = Static(folder)
@@ -247,11 +246,21 @@ def unquantized(model: onnx.ModelProto) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kv", "form"), [("w8a8", None, {}), ("w4a8", 8, {}), ("w4a16", 8, {}), ("w4a4", None, {})]
+    ("name", "kv", "wide"),
+    [
+        ("w8a8", None, None),
+        ("w8a8", None, ("down_proj",)),
+        ("w8a8", None, ()),
+        ("w4a8", 8, None),
+        ("w4a16", 8, None),
+        ("w4a4", None, None),
+    ],
 )
-def test_linears_are_units_that_hexagon_takes(made: Any, name: str, kv: int | None, form: dict[str, Any]) -> None:
+def test_linears_are_units_that_hexagon_takes(
+    made: Any, name: str, kv: int | None, wide: tuple[str, ...] | None
+) -> None:
     """DQ, DQ -> MatMul -> Q with one type on both sides, a requantization of at most 1, and zero points written out."""
-    _, graphs, _ = made(name, kv, **form)
+    _, graphs, _ = made(name, kv, wide_outputs=wide)
     model = graphs.models["prefill"]
     values = {t.name: t for t in model.graph.initializer}
     producer = {o: n for n in model.graph.node for o in n.output}
@@ -262,7 +271,7 @@ def test_linears_are_units_that_hexagon_takes(made: Any, name: str, kv: int | No
         x, weight, y = producer[node.input[0]], producer[node.input[1]], readers[node.output[0]]
         assert (x.op_type, weight.op_type, y.op_type) == ("DequantizeLinear", "DequantizeLinear", "QuantizeLinear")
         assert values[x.input[2]].data_type == values[y.input[2]].data_type
-        narrow = name in ("w8a8", "w4a8") and not node.name.endswith((*WIDE_OUTPUTS, "lm_head"))
+        narrow = name == "w8a8" and wide is not None and not node.name.endswith((*wide, "lm_head"))
         assert values[x.input[2]].data_type == (onnx.TensorProto.UINT8 if narrow else onnx.TensorProto.UINT16)
         int4 = name.startswith("w4") and node.name != "lm_head"
         assert values[weight.input[0]].data_type == (onnx.TensorProto.INT4 if int4 else onnx.TensorProto.INT8)

@@ -221,7 +221,9 @@ def target_options(flags: dict[str, Any]) -> TargetOptions:
     names += ["prefill_len", "cache_len", "linears_only", "simulation"]
     sms = tuple(_sm(part) for text in flags["sm"] for part in text.replace(",", " ").split())
     socs = tuple(part for text in flags["soc"] for part in text.replace(",", " ").split())
-    return TargetOptions(sms=sms, socs=socs, **{name: flags[name] for name in names})
+    wide = flags["wide_outputs"]
+    wide_outputs = None if wide in (None, "all") else () if wide == "none" else tuple(wide.replace(",", " ").split())
+    return TargetOptions(sms=sms, socs=socs, wide_outputs=wide_outputs, **{name: flags[name] for name in names})
 
 
 def _plan(flags: dict[str, Any]) -> Plan:

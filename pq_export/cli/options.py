@@ -112,6 +112,11 @@ target_options = _stack(
     ),
     click.option("--cache-len", type=click.IntRange(min=1), help="Tokens that an NPU's cache holds (512)."),
     click.option(
+        "--wide-outputs",
+        metavar="all|none|NAMES",
+        help="For qnn-htp: linears of 8 bits that write, and are computed in, 16 bits, such as down_proj (all).",
+    ),
+    click.option(
         "--simulation/--no-simulation",
         default=True,
         help="For qnn-htp: compare the compiled graphs with onnxruntime, in QNN's simulator (default: yes).",
