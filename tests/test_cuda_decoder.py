@@ -30,7 +30,7 @@ from pq_export.cuda.dynamic import DynamicDecoder
 from pq_export.cuda.eager import EagerAttention
 from pq_export.cuda.float_decoder import FloatDecoder, FloatWeights
 from pq_export.cuda.generate import tokens_of
-from pq_export.cuda.random_weights import random_weights, without_input_scales
+from pq_export.cuda.random_weights import SPREAD, random_weights, without_input_scales
 from pq_export.cuda.readers import bundle_source, calibration_source
 from pq_export.cuda.source import Sizes, Source
 from pq_export.cuda.weights import DecoderWeights, Site, load_weights
@@ -471,6 +471,9 @@ def test_random_weights_keep_the_size_of_activations(random_small: DecoderWeight
     assert len(seen) == 4
     for deviations in seen.values():
         assert all(1.5 < deviation < 6.0 for deviation in deviations), seen
+    w = random_small.layers[0].gate_up.weights
+    codes = unpack(w.data.numpy(), w.layout, w.N, w.K).astype(int)
+    assert (codes.min(), codes.max()) == (-8, 7) and abs(codes.mean()) < 0.1 and abs(codes.std() - 8 / SPREAD) < 0.1
 
 
 def test_dynamic_scales_say_the_same(random_small: DecoderWeights, monkeypatch: pytest.MonkeyPatch) -> None:
