@@ -17,7 +17,8 @@ from pq_export.plugins.abi import Layout, Type
 from pq_export.plugins.layouts import packed_bytes, unpack
 from pq_export.plugins.onnx_form import layout_for, to_plugin_form
 from pq_export.rewrite.qlinear import DOMAIN, OP, Form
-from tests.test_passes import constants, linear_model, run
+from tests.graph_runs import run
+from tests.test_qlinear import constants, linear_model
 
 K, N = 96, 40  # neither is a multiple of the tiles' 64 and 16
 

@@ -16,7 +16,8 @@ from pq_export.plugins import abi, reference
 from pq_export.plugins.abi import Layout, Status, Type
 from pq_export.plugins.layouts import pack_rows, unpack_rows
 from pq_export.rewrite.qlinear import Form
-from tests.test_passes import KINDS, constants, linear_model, run
+from tests.graph_runs import run
+from tests.test_qlinear import KINDS, constants, linear_model
 
 FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32]
 

@@ -23,7 +23,7 @@ from pq_export.rewrite.qlinear import DOMAIN, OP, Form
 from pq_export.stages import Stages
 from tests.conftest import hf_model, word_tokenizer
 from tests.plugins.rtx import Rtx
-from tests.test_passes import constants, linear_model
+from tests.test_qlinear import constants, linear_model
 
 TARGETS = {"SM86": 86, "SM89": 89, "SM120": 120}
 LINEARS = {"q", "k", "up", "down"}
