@@ -103,7 +103,8 @@ class Target:
     """A place where bundles run.
 
     ``choose_form(precision, has_bias, options)`` returns the form that linears are written in by default, and why.
-    ``forms`` are those that ``--form`` may ask for. ``cache``: how the graph holds codes of keys and values.
+    ``forms`` are those that ``--form`` may ask for; ``check_form(form, options)`` refuses one that cannot be built.
+    ``cache``: how the graph holds codes of keys and values.
     ``resolve(options, context)`` fills in what was not given and refuses what cannot be; ``context``, tokens that the
     model holds beside its prefix, is None where it is not known yet.
     ``lower(model, options)`` rewrites a finished model (consumed) into what the target runs best.
@@ -124,6 +125,7 @@ class Target:
     executes: str
     forms: tuple[Form, ...]
     choose_form: Callable[[Precision, bool, TargetOptions], tuple[Form, str]]
+    check_form: Callable[[Form, TargetOptions], None] = lambda form, options: None
     cache: CacheForm = CacheForm.UNSIGNED
     native: bool = True
     resolve: Callable[[TargetOptions, int | None], TargetOptions] = _no_options
@@ -161,4 +163,5 @@ class Target:
                 f"target {self.name} does not run form '{asked}'",
                 cure=f"Use one of {', '.join(form.value for form in self.forms)}.",
             )
+        self.check_form(Form(asked), options)
         return Form(asked), "asked for with --form"

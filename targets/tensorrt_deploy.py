@@ -27,11 +27,11 @@ from pq_export.rewrite.qlinear import Form
 from pq_export.stages import Stages
 from pq_export.targets.base import TargetOptions
 from pq_export.targets.chat import chat_pieces
+from pq_export.targets.rtx_engines import needed_memory
 from pq_export.targets.tensorrt_levels import Level
 from pq_export.targets.tensorrt_options import Profile
 
 JETSONS = (87, 110)  # 64-bit Arm
-BUILD_MEMORY_FACTOR = 6  # memory of an engine build by the size of the file; the same as TensorRT for RTX's, a guess
 TEMPLATES = Path(__file__).with_name("templates")
 SOURCES = ("csrc", "runner")
 CHECKED_TEXTS = (
@@ -59,7 +59,7 @@ def write_deployment(
     copy_sources(directory / "plugin")
     write_text_files(directory, stages)
     library = _add_library(deploy, options) if plugin else None
-    script = _script(config, options, profiles, level, plugin, _model_bytes(directory))
+    script = _script(config, options, profiles, level, plugin, needed_memory(directory / "model.onnx"))
     (deploy / "build_engine.sh").write_text(script, encoding="utf-8")
     (deploy / "build_engine.sh").chmod(0o755)
     remaining = "run deploy/build_engine.sh on the board" if is_jetson(options) else "run deploy/build_engine.sh there"
@@ -67,10 +67,6 @@ def write_deployment(
     if library is not None:
         found["plugin"] = library
     return found
-
-
-def _model_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("model.onnx*"))
 
 
 def deploy_facts(
@@ -144,8 +140,9 @@ def _add_library(deploy: Path, options: TargetOptions) -> str | None:
 
 
 def _script(
-    config: dict[str, Any], options: TargetOptions, profiles: list[Profile], level: Level, plugin: bool, size: int
+    config: dict[str, Any], options: TargetOptions, profiles: list[Profile], level: Level, plugin: bool, needed: int
 ) -> str:
+    """``needed``: bytes of memory that an engine build takes, by what TensorRT for RTX's takes."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, keep_trailing_newline=True, autoescape=False
     )
@@ -157,7 +154,7 @@ def _script(
         plugin=plugin,
         jetson=is_jetson(options),
         architectures=";".join(ARCHITECTURES[sm] for sm in options.sms),
-        needed_kb=BUILD_MEMORY_FACTOR * size // 1024,
+        needed_kb=needed // 1024,
         profiles=[
             {kind: _shapes(profile, index) for index, kind in enumerate(("min", "opt", "max"))} for profile in profiles
         ],

@@ -165,6 +165,8 @@ def _types(model: onnx.ModelProto, level: Level) -> Iterator[Finding]:
     for name, kind in (
         *((t.name, t.data_type) for t in graph.initializer),
         *((v.name, v.type.tensor_type.elem_type) for v in (*graph.input, *graph.output)),
+        *((n.name, a.i) for n in graph.node if n.op_type == "Cast" for a in n.attribute if a.name == "to"),
+        *((n.name, a.t.data_type) for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.TENSOR),
     ):
         if TYPES.get(kind, (99, 0)) > level.version:
             yield Finding(name, "type", f"{TensorProto.DataType.Name(kind)} is no tensor type of TensorRT {level.name}")

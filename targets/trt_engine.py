@@ -79,14 +79,15 @@ def build_here(
     here = [sm for sm in local_sms() if sm in options.sms]
     if not here:
         return None
+    model = directory / "model.onnx"
     try:
         check_installed(level)
         library = _library(directory, here[0], stages) if config["form"] == Form.PLUGIN.value else None
+        check_memory(model)
     except PqExportError as reason:
         stages.progress.note(f"no engine is built here: {reason}")
         return None
-    model, wanted = directory / "model.onnx", profiles(config, options)
-    check_memory(model)
+    wanted = profiles(config, options)
     with stages.stage("compute what the engine is compared with"):
         steps = reference_steps(Bundle(directory, config), wanted)
     with stages.stage(f"build and compare engine for SM{here[0]}"):

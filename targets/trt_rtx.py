@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from pq_export.errors import PqExportError
+from pq_export.errors import PqExportError, UsageError
 from pq_export.plugins.build import find_library
 from pq_export.plugins.toolchain import ARCHITECTURES, local_sms
 from pq_export.precision import Precision
@@ -45,10 +45,17 @@ def _choose_form(precision: Precision, has_bias: bool, options: TargetOptions) -
     if without := [sm for sm in options.sms if sm not in ARCHITECTURES]:
         return Form.QDQ, f"the plugin has no kernels for SM {without[0]}"
     form, reason = choose_trt_form(precision, has_bias, options)
-    if form is Form.PLUGIN:
-        for sm in options.sms:
-            find_library(sm, plugin=True)  # before anything is calibrated
+    _check_form(form, options)  # before anything is calibrated
     return form, reason
+
+
+def _check_form(form: Form, options: TargetOptions) -> None:
+    if form is not Form.PLUGIN:
+        return
+    for sm in options.sms:
+        if sm not in ARCHITECTURES:
+            raise UsageError(f"the plugin has no kernels for SM {sm}", cure="Use --form qdq there.")
+        find_library(sm, plugin=True)
 
 
 def _lower(model: onnx.ModelProto, options: TargetOptions) -> onnx.ModelProto:
@@ -95,6 +102,7 @@ TRT_RTX = Target(
     executes="W4A4 and W4A8 in pq-export's plugin, W8A8 and W4A16 in its own kernels; engines are built here",
     forms=(Form.QDQ, Form.PLUGIN),
     choose_form=_choose_form,
+    check_form=_check_form,
     cache=CacheForm.SIGNED,
     native=False,
     resolve=_resolve,

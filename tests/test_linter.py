@@ -591,7 +591,7 @@ def shipped(
             checkpoint = load_checkpoint(str(folder / "checkpoint"))
             calibrations[key] = calibrate(checkpoint, plan, folder / "-".join(map(str, key)), Stages())
         target = find_target(name)
-        options = target.resolve(TargetOptions(), None) if name == "trt" else TargetOptions()
+        options = target.resolve(TargetOptions(), None) if name == "trt" else TargetOptions((86,), float_type="fp16")
         form = form or target.choose_form(Precision.named(precision), False, options)[0]
         fp = export_fp_graph(calibrations[key].decoder)
         model = quantized_model(fp, calibrations[key], form, cache=target.cache)
@@ -601,7 +601,9 @@ def shipped(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("target", "form"), [("ort", Form.INTEGER), ("ort", Form.QDQ), ("trt", None)])
+@pytest.mark.parametrize(
+    ("target", "form"), [("ort", Form.INTEGER), ("ort", Form.QDQ), ("trt", None), ("trt-rtx", Form.QDQ)]
+)
 def test_no_false_alarm_on_what_we_ship(
     target: str, form: Form | None, precision: str, shipped: Callable[..., Model]
 ) -> None:

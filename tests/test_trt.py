@@ -20,7 +20,7 @@ from pq_export.calib.checkpoint import load_checkpoint
 from pq_export.calib.pipeline import calibrate
 from pq_export.calibration import load_calibration
 from pq_export.cli.app import cli
-from pq_export.errors import UsageError
+from pq_export.errors import PqExportError, UsageError
 from pq_export.execute import open_decoder
 from pq_export.plan import Plan
 from pq_export.precision import Precision
@@ -29,6 +29,7 @@ from pq_export.runtime import Sampling, generate
 from pq_export.stages import Stages
 from pq_export.targets import find_target
 from pq_export.targets.base import TargetOptions
+from pq_export.targets.rtx_engines import needed_memory
 from pq_export.targets.tensorrt_options import profiles
 from pq_export.targets.trt import choose_form
 from tests.cli_runner import Runner
@@ -140,13 +141,19 @@ case "$*" in
   *plugin/runner*) mkdir -p plugin/runner/build; : > plugin/runner/build/pq-run ;;
   *"--build plugin/build"*) mkdir -p plugin/build; : > plugin/build/libpq.so ;;
 esac
-[ {name} = cmake ] || echo engine > deploy/model.engine
+[ {name} = cmake ] || echo engine > deploy/model.engine.part
+[ {name} = cmake ] || echo "${{BANNER:-}}"
 """
         )
         (tools / name).chmod(0o755)
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "TENSORRT_INCLUDE": "/headers"}
-    script = [str(bundle / "deploy" / "build_engine.sh"), "--verbose"]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    script = bundle / "deploy" / "build_engine.sh"
+
+    def start(**more: str) -> subprocess.CompletedProcess[str]:
+        command, env = [str(script), "--verbose"], {**environment, **more}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    done = start(BANNER="&&&& RUNNING TensorRT.trtexec [TensorRT v101401] [b48]")
     assert done.returncode == 0, done.stderr
     configure, compiled, trtexec, *_ = log.read_text().splitlines()
     assert configure.startswith("cmake -S plugin -B plugin/build") and "-DPQ_TENSORRT_INCLUDE=/headers" in configure
@@ -155,6 +162,19 @@ esac
     digest = hashlib.sha256(b"engine\n").hexdigest()
     assert (bundle / "deploy" / "model.engine.sha256").read_text().split()[0] == digest
     assert (bundle / "deploy" / "libpq.so").is_file() and (bundle / "deploy" / "pq-run").is_file()
+    version = bundle / "deploy" / "model.engine.tensorrt"
+    assert version.read_text() == "10.14.1\n"
+    assert start().returncode == 0 and not version.exists()  # built again by one that does not name itself
+
+    text = script.read_text()
+    needed = next(line for line in text.splitlines() if line.startswith("needed_kb="))
+    assert int(needed.removeprefix("needed_kb=")) == needed_memory(bundle / "model.onnx") // 1024
+    script.write_text(text.replace(needed, "needed_kb=1000000000000"))
+    done = start()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "MiB of memory and swap are free and about 976562500 are needed" in done.stderr
+    assert (bundle / "deploy" / "model.engine").is_file()  # the old one stays
+    assert start(PQ_IGNORE_MEMORY="1").returncode == 0
 
 
 def test_profiles_are_of_the_graphs_inputs(bundle_directory: Path) -> None:
@@ -212,6 +232,17 @@ def test_chat_pieces_are_the_template(bundle_directory: Path) -> None:
 def test_who_multiplies(precision: str, sm: int, form: Form) -> None:
     chosen, reason = choose_form(Precision.named(precision), False, TargetOptions(sms=(sm,)))
     assert chosen is form and reason
+
+
+def test_a_form_that_was_asked_for_is_checked_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is calibrated or exported."""
+    target, w4a4 = find_target("trt-rtx"), Precision.named("w4a4")
+    with pytest.raises(UsageError, match=r"the plugin has no kernels for SM 75\. Use --form qdq there"):
+        target.form_for(w4a4, False, "plugin", TargetOptions(sms=(75,)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(PqExportError, match="plugin build"):
+        target.form_for(w4a4, False, "plugin", TargetOptions(sms=(86,)))
+    assert target.form_for(w4a4, False, "qdq", TargetOptions(sms=(75, 86)))[0] is Form.QDQ
 
 
 def test_build_says_what_remains(pq: Runner, calibration_directory: Path, tmp_path: Path) -> None:

@@ -157,18 +157,18 @@ def test_the_loop_ends_where_the_cache_does(probe: Probe) -> None:
 
 
 def test_long_prompts_go_in_pieces(probe: Probe) -> None:
-    assert generate(probe, [1, 2, 3, 4, 5], 1, [], max_input=2)["steps"] == ["reset", [1, 2], [3, 4], [5]]
+    assert generate(probe, [1, 2, 3, 4, 5], 1, [], max_input=2)["steps"] == ["reset", [1], [2, 3], [4, 5]]
 
 
 def test_the_benchmark_does_what_it_says(probe: Probe) -> None:
     decoder = {"vocabulary": 50, "capacity": 8, "max_input": 3}
     answer = probe("bench", decoder=decoder, batch=2, prompt_length=5, new_tokens=4, repeats=2)
     run = answer["steps"][:6]
-    assert [len(step) for step in run[1:]] == [6, 4, 2, 2, 2] and run[0] == "reset"
+    assert [len(step) for step in run[1:]] == [4, 6, 2, 2, 2] and run[0] == "reset"
     assert answer["steps"] == run * 3  # one warm-up and two that count
     first, second = run[1], run[2]
-    assert run[3] == [(second[1] + 1) % 50, (second[3] + 1) % 50]  # each sequence goes on by itself
-    assert first[:3] != first[3:] and answer["timed"] == 6
+    assert run[3] == [(second[2] + 1) % 50, (second[5] + 1) % 50]  # each sequence goes on by itself
+    assert first[:2] != first[2:] and answer["timed"] == 6
     assert answer["json"]["device"]["clocks"] == ["GPU 1 MHz"] * 2
     too_long = probe("bench", decoder=decoder, batch=1, prompt_length=6, new_tokens=4, repeats=1)["error"]
     assert "take 9 places; the cache holds 8" in too_long

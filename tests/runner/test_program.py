@@ -12,11 +12,31 @@ from typing import Any
 
 import pytest
 
+from pq_export.targets.base import TargetOptions
+from pq_export.targets.tensorrt_options import Profile, profiles
 from tests.runner.test_text import CHATML, write_bundle
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-PREFILL = {"batch": [1, 4], "tokens": [1, 8], "past": [0, 23]}
-DECODE = {"batch": [1, 4], "tokens": [1, 1], "past": [1, 23]}
+
+
+def as_spec(profile: Profile) -> dict[str, list[int]]:
+    """What the toy engine is told of a profile: its first and last sizes."""
+    ends = (0, 2)
+    tokens, past = (profile.shapes[name] for name in ("input_ids", "past_key_values.0.key"))
+    return {
+        "batch": [tokens[i][0] for i in ends],
+        "tokens": [tokens[i][1] for i in ends],
+        "past": [past[i][2] for i in ends],
+    }
+
+
+PREFILL, DECODE = map(
+    as_spec,
+    profiles(
+        {"kv_cache": {"heads": 2, "head_dim": 4}, "num_layers": 2},
+        TargetOptions(max_batch_size=4, max_input_len=8, max_seq_len=24),
+    ),
+)
 SPEC: dict[str, Any] = {
     "layers": 2,
     "heads": 2,
@@ -94,7 +114,16 @@ def test_long_prompts_are_prefilled_in_pieces(run: Run, bundle: Path) -> None:
     prompt = list(range(2, 20))
     words = ",".join(map(str, prompt))
     assert ids_of(run("--prompt-ids", words, "-n", "3")) == expected_tokens(prompt, 3)
-    assert steps(bundle) == ["0 1 8 0", "0 1 8 8", "0 1 2 16", "1 1 1 18", "1 1 1 19"]
+    assert steps(bundle) == ["0 1 2 0", "0 1 8 2", "0 1 8 10", "1 1 1 18", "1 1 1 19"]
+
+
+@pytest.mark.parametrize("length", [9, 16, 17, 23, 24])
+def test_every_prompt_that_the_cache_holds_is_prefilled(run: Run, bundle: Path, length: int) -> None:
+    """24 tokens of which 8 at once: behind 16 at most, which is where the profile that we ship ends."""
+    assert (PREFILL["tokens"], PREFILL["past"]) == ([1, 8], [0, 16])
+    prompt = [i % 11 for i in range(length)]
+    words = ",".join(map(str, prompt))
+    assert ids_of(run("--prompt-ids", words, "-n", "1")) == expected_tokens(prompt, 1)
 
 
 def test_one_profile_is_enough(run: Run, bundle: Path) -> None:
@@ -150,7 +179,7 @@ def test_bench(run: Run, bundle: Path) -> None:
     assert figures["batch"] == 3 and figures["repeats"] == 2 and figures["device"]["tensorrt"] == "10.3.0"
     assert figures["cache_bytes_per_token"] == 2 * 2 * 2 * 4 and figures["cache_bytes"] == 2 * 3 * 24 * 32
     assert figures["device"]["sm"] == 87 and figures["device"]["memory_used_bytes"] > figures["cache_bytes"]
-    assert steps(bundle) == ["0 3 8 0", "0 3 2 8", "1 3 1 10", "1 3 1 11", "1 3 1 12"] * 3
+    assert steps(bundle) == ["0 3 2 0", "0 3 8 2", "1 3 1 10", "1 3 1 11", "1 3 1 12"] * 3
     table = run("--bench", "--prompt-length", "3", "-n", "2", "--json", str(bundle / "figures.json")).stdout
     assert "Fake GPU (sm_87)" in table and "time to first token, p95" in table
     assert json.loads((bundle / "figures.json").read_text())["prompt_length"] == 3

@@ -1,7 +1,5 @@
 #include "generate.h"
 
-#include <algorithm>
-
 #include "error.h"
 #include "stopwatch.h"
 
@@ -10,8 +8,10 @@ namespace pq::runner {
 const float* prefill(Decoder& decoder, const std::vector<int64_t>& ids, int64_t batch) {
     const int64_t length = static_cast<int64_t>(ids.size()) / batch;
     const float* logits = nullptr;
-    for (int64_t start = 0; start < length; start += decoder.max_input()) {
-        const int64_t count = std::min(decoder.max_input(), length - start);
+    // A full piece may stand behind as many tokens as the cache holds without it, and a shorter one behind no more:
+    // the prefill profile ends there. So the short piece comes first.
+    int64_t count = (length - 1) % decoder.max_input() + 1;
+    for (int64_t start = 0; start < length; start += count, count = decoder.max_input()) {
         std::vector<int64_t> piece;
         piece.reserve(static_cast<size_t>(batch * count));
         for (int64_t row = 0; row < batch; ++row) {

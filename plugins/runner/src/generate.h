@@ -24,7 +24,7 @@ public:
     virtual const float* step(const std::vector<int64_t>& ids) = 0;
 };
 
-// Runs ids [batch, S] in pieces of at most max_input() tokens; what the last piece's step returns.
+// Runs ids [batch, S] in pieces of max_input() tokens, the first of them shorter; what the last piece's step returns.
 const float* prefill(Decoder& decoder, const std::vector<int64_t>& ids, int64_t batch);
 
 enum class Ending { kStopToken, kMaxNewTokens, kContextFull };
