@@ -48,6 +48,8 @@ class CenterOptions:
         for site in self.sites:
             if site not in CENTERABLE:
                 raise ValueError(f"site '{site}' cannot be centered; there are {', '.join(CENTERABLE)}")
+        if len(set(self.sites)) < len(self.sites):
+            raise ValueError("a site stands twice in 'sites'")
         if self.bits not in (4, 8, 16):
             raise ValueError(f"bits must be 4, 8 or 16, not {self.bits}")
 

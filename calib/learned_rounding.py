@@ -8,7 +8,6 @@ AdaRound (Nagel et al., arXiv 2004.10568) with BRECQ's block-wise loss (Li et al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from pq_export.calib.block import Block, get_linear
 from pq_export.calib.fake_quant import CELL_MARGIN
-from pq_export.calib.training import Diverged, DivergenceGuard, autocast, batches, check_positive, check_rates
+from pq_export.calib.training import Diverged, DivergenceGuard, Note, autocast, batches, check_positive, check_rates
 from pq_export.calibration import SITE_OF_LINEAR
 from pq_export.quantizer import code_range
 
@@ -75,7 +74,9 @@ class SoftRoundedLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
-def learned_rounding(block: Block, options: LearnedRoundingOptions, seed: int, note: Callable[[str], None]) -> None:
+def learned_rounding(
+    block: Block, options: LearnedRoundingOptions, seed: int, note: Note, warn: Note | None = None
+) -> None:
     """Learn the codes of all linears of ``block`` together and set them.
 
     The old codes stay if the learned ones are not better on the block's output over the same crops, or if training
@@ -101,7 +102,7 @@ def learned_rounding(block: Block, options: LearnedRoundingOptions, seed: int, n
             _train(block, soft, x, target, options, seed)
         learned = {name: linear.codes().detach() for name, linear in soft.items()}
     except Diverged as reason:
-        note(f"layer {block.index}: learned rounding: {reason}; the codes stay as they were")
+        (warn or note)(f"layer {block.index}: learned rounding: {reason}; the codes stay as they were")
         learned = before
     _place(block, plain)
     for name, codes in learned.items():

@@ -11,13 +11,16 @@ from pq_export.errors import PqExportError
 from pq_export.stages import Stages
 
 CURES = {
+    "load checkpoint": "Use a machine with more memory, or --num-layers for a trial.",
+    "load calibration": "Use a machine with more memory.",
+    "evaluate": "Use a smaller --window.",
     "rewrite weights": "Use a machine with more memory, or --num-layers for a trial.",
     "quantize blocks": "Use fewer --calib-samples, a smaller --seq-len, or a smaller 'samples' in the recipe's steps.",
     "learn rotations": "Use a smaller 'batch' in the recipe's learn_rotations, or a smaller --seq-len.",
     "tune model": "Set 'checkpoint: true' or a smaller 'batch' in the recipe's tune_model, or 'weight_lr: 0'.",
     "tune prefix": "Use a smaller 'batch' in the recipe's tune_prefix, or a smaller --seq-len.",
 }
-OTHERWISE = "Use a smaller --seq-len or fewer --calib-samples."
+OTHERWISE = "Use a smaller --seq-len, fewer --calib-samples, or fewer 'search_samples' in the recipe."
 # What PyTorch says in a plain RuntimeError: its CPU allocator on Linux and elsewhere, cuBLAS, and CUDA itself.
 SIGNS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 

@@ -88,7 +88,7 @@ def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stage
     crops = torch.cat(parts)
     for name, tokens in texts.items():
         if len(tokens) // plan.seq_len < len(crops) // len(texts):
-            stages.progress.note(f"{name} has {len(tokens):,} tokens: some of its {plan.seq_len}-token crops overlap")
+            stages.progress.warn(f"{name} has {len(tokens):,} tokens: some of its {plan.seq_len}-token crops overlap")
     work.open()
     smoothed = any(kind.name == "smooth_attention" for kind, _ in steps)
     with stages.stage("rewrite weights"):

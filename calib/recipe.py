@@ -109,6 +109,8 @@ def _steps(node: yaml.Node, path: Path) -> tuple[tuple[str, dict[str, Any]], ...
     phase = Phase.WEIGHTS
     for item in node.value:
         where, value = _where(path, item), _value(item, path)
+        if isinstance(item, yaml.MappingNode) and len(value) < len(item.value):
+            raise PqExportError("a step stands twice in one item", where=where, cure="Keep one of them.")
         name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
         if not isinstance(name, str) or name not in STEPS:
             raise PqExportError(f"unknown step '{name}'", where=where, cure=_did_you_mean(str(name), tuple(STEPS)))
@@ -231,7 +233,7 @@ def _value(node: yaml.Node, path: Path) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
         raise PqExportError(f"is not YAML ({' '.join(str(error).split())})", where=_where(path, node)) from None
 
 

@@ -49,6 +49,8 @@ class SmoothOptions:
     tokens: int = 4096
 
     def __post_init__(self) -> None:
+        if len(set(self.sites)) < len(self.sites):
+            raise ValueError("a site stands twice in 'sites'")
         for site in self.sites:
             if site not in SMOOTHABLE:
                 raise ValueError(f"site '{site}' cannot be smoothed; there are {', '.join(SMOOTHABLE)}")

@@ -79,12 +79,15 @@ class SmoothAttentionOptions:
 
 
 def _kept(run: Run, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of an earlier run, or computed and kept. What is folded must be what later results were found with."""
+    """Tensors of an earlier run, or computed and kept. What is folded must be what later results were found with.
+
+    In the order of their names either way: folding one after the other rounds, so the order is part of the result.
+    """
     found = run.work.load_tensors(name)
     if found is None:
         found = {key: tensor.cpu() for key, tensor in compute().items()}
         run.work.save_tensors(name, found)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _smooth_attention(run: Run, options: SmoothAttentionOptions) -> None:
@@ -131,7 +134,7 @@ def _learn_rotations(run: Run, options: RotationOptions) -> None:
 
         def compute() -> dict[str, Tensor]:
             ranges, _ = collect_ranges(run.decoder, crops)
-            note = run.stages.progress.note
+            note = run.stages.progress.warn
             matrices, curve = find_rotations(run.decoder, crops, ranges, run.plan.precision, options, advance, note)
             losses.extend(curve)
             return matrices
@@ -172,7 +175,8 @@ def _key_bits(run: Run, options: KeyBitsOptions) -> None:
 
 
 def _learned_rounding(run: Run, blocks: list[Block], options: LearnedRoundingOptions) -> None:
-    learned_rounding(blocks[-1], options, run.plan.seed, run.stages.progress.note)
+    progress = run.stages.progress
+    learned_rounding(blocks[-1], options, run.plan.seed, progress.note, progress.warn)
 
 
 def _clip_search(run: Run, blocks: list[Block], options: ClipSearchOptions) -> None:
@@ -184,7 +188,8 @@ def _gptq(run: Run, blocks: list[Block], options: GptqOptions) -> None:
 
 
 def _tune_blocks(run: Run, blocks: list[Block], options: TuneBlocksOptions) -> None:
-    tune_blocks(blocks[-options.window :], options, run.plan.seed, run.stages.progress.note)
+    progress = run.stages.progress
+    tune_blocks(blocks[-options.window :], options, run.plan.seed, progress.note, progress.warn)
 
 
 def _tune_model(run: Run, options: TuneModelOptions) -> None:
@@ -193,11 +198,12 @@ def _tune_model(run: Run, options: TuneModelOptions) -> None:
 
 def _tune_prefix(run: Run, options: PrefixTuningOptions) -> None:
     if not run.token_ids:
-        run.stages.progress.note("tune_prefix: this model has no prefix, nothing to tune")
+        run.stages.progress.warn("tune_prefix: this model has no prefix, nothing to tune")
         return
     assert run.reference is not None
     with run.stages.stage("tune prefix", options.steps) as advance:
-        tune_prefix(run.decoder, run.reference, run.crops, options, advance, run.stages.progress.note)
+        progress = run.stages.progress
+        tune_prefix(run.decoder, run.reference, run.crops, options, advance, progress.note, progress.warn)
 
 
 def _learning_tokens(passes: float) -> Callable[[Any, Any], float]:

@@ -23,6 +23,8 @@ from pq_export.decoder import Decoder, KVPair
 Head = Callable[[Tensor], Tensor]  # hidden states [N, hidden] -> logits [N, vocab]
 RunLayer = Callable[[int, Tensor, KVPair, Tensor], Tensor]  # layer index, x, rope, mask -> the layer's output
 
+Note = Callable[[str], None]  # a line for the user
+
 RISE_LIMIT = 4.0  # a loss this many times the first one ...
 RISE_PATIENCE = 5  # ... for this many steps in a row means that training has diverged
 

@@ -11,7 +11,6 @@ the codes that rounding chose.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from pq_export.calib.block import Block, StagedBlock
 from pq_export.calib.fit import FitOptions, Split, fit
 from pq_export.calib.trainable_layer import make_trainable, settle
-from pq_export.calib.training import autocast, check_positive
+from pq_export.calib.training import Note, autocast, check_positive
 
 HELD_OUT = 8  # one crop in so many judges
 
@@ -37,7 +36,9 @@ class TuneBlocksOptions(FitOptions):  # type: ignore[misc]  # mypy cannot follow
         check_positive(self, "epochs", "window")
 
 
-def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note: Callable[[str], None]) -> None:
+def tune_blocks(
+    blocks: list[Block], options: TuneBlocksOptions, seed: int, note: Note, warn: Note | None = None
+) -> None:
     """Train ``blocks``, consecutive ones, against the floating-point output of the last, and settle them.
 
     A loss that diverges ends training early: the best state so far stays.
@@ -66,7 +67,7 @@ def tune_blocks(blocks: list[Block], options: TuneBlocksOptions, seed: int, note
         steps=options.epochs * epoch,
         every=epoch,
         seed=seed,
-        note=lambda text: note(f"{name}: {text}"),
+        note=lambda text: (warn or note)(f"{name}: {text}"),
     )
     for block in blocks:
         settle(block.layer, block.reference, block.found, block.bits)

@@ -81,7 +81,7 @@ def _train(
         every=max(1, options.steps // VALIDATIONS),
         seed=run.plan.seed,
         warm_up=options.steps // WARM_UP,
-        note=lambda text: run.stages.progress.note(f"end-to-end tuning: {text}"),
+        note=lambda text: run.stages.progress.warn(f"end-to-end tuning: {text}"),
         progress=advance,
     )
     for layer in layers:

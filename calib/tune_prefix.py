@@ -23,6 +23,7 @@ from pq_export.calib.training import (
     BestKeeper,
     Diverged,
     DivergenceGuard,
+    Note,
     RunLayer,
     autocast,
     batches,
@@ -103,13 +104,15 @@ def tune_prefix(
     crops: Tensor,
     options: PrefixTuningOptions | None = None,
     progress: Callable[[int], None] = lambda done: None,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
+    warn: Note | None = None,
 ) -> list[KVPair]:
     """Train the prefix KV of the quantized ``decoder``; returns it ([1, G, p, D], fp32 of FP16 values) and sets it.
 
     ``reference`` is the decoder in floating point with a prefix of its own; ``crops`` int64 [N, S]. The
     prefix with the smallest loss on held-out crops is kept, the one that came in among them; if training
-    diverges, ``note`` says so. Raises :class:`PqExportError` without a prefix, or with fewer than 2 crops.
+    diverges, ``warn`` (else ``note``) says so. Raises :class:`PqExportError` without a prefix, or with fewer than 2
+    crops.
     """
     options, device = options or PrefixTuningOptions(), decoder.embed_tokens.weight.device
     if decoder.prefix_length == 0:
@@ -145,7 +148,7 @@ def tune_prefix(
                 validate()
             progress(1)
     except Diverged as diverged:
-        note(f"prefix tuning stopped: {diverged}; the best prefix so far is kept")
+        (warn or note)(f"prefix tuning stopped: {diverged}; the best prefix so far is kept")
     keeper.restore()
     note(f"prefix tuning: held-out loss {before:.4g} -> {keeper.loss:.4g}")
     with torch.no_grad():

@@ -109,7 +109,7 @@ def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, sta
         check_exact(linears, token_counts, failed_logs=directory.parent)
     with stages.stage("compile with Vela", len(jobs) * len(options.socs)) as advance:
         compiled = _compile(directory / FOLDER, jobs, options.socs, directory.parent, advance)
-    stages.progress.note(f"left to the host: {LEFT_TO_HOST}")
+    stages.progress.warn(f"left to the host: {LEFT_TO_HOST}")
     return {
         FOLDER: {
             "vela": tools.vela,

@@ -59,7 +59,7 @@ def _choose_form(precision: Precision, has_bias: bool, options: TargetOptions) -
 def _finish(directory: Path, config: dict[str, Any], options: TargetOptions, stages: Stages) -> dict[str, Any]:
     assert options.samples is not None and options.prefill_len and options.cache_len
     if Precision.parse(config["precision"]).activation_bits == 4:
-        stages.progress.note(NO_GAIN)
+        stages.progress.warn(NO_GAIN)
     model = onnx.load(directory / "model.onnx")
     form = StaticForm(options.prefill_len, options.cache_len, options.wide_outputs)
     with stages.stage("observe ranges", len(options.samples)) as advance:

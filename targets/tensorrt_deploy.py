@@ -120,7 +120,7 @@ def write_text_files(directory: Path, stages: Stages) -> None:
         try:
             _write_json(directory / "deploy" / "chat.json", chat_pieces(tokenizer))
         except PqExportError as error:
-            stages.progress.note(f"no deploy/chat.json: {error.what}. The runner takes raw prompts only")
+            stages.progress.warn(f"no deploy/chat.json: {error.what}. The runner takes raw prompts only")
 
 
 def _write_json(path: Path, document: Any) -> None:

@@ -85,7 +85,7 @@ def build_here(
         library = _library(directory, here[0], stages) if config["form"] == Form.PLUGIN.value else None
         check_memory(model)
     except PqExportError as reason:
-        stages.progress.note(f"no engine is built here: {reason}")
+        stages.progress.warn(f"no engine is built here: {reason}")
         return None
     wanted = profiles(config, options)
     with stages.stage("compute what the engine is compared with"):

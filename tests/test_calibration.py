@@ -395,6 +395,7 @@ class Interrupting:
             raise KeyboardInterrupt
 
     def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
 
 
 def interrupt(checkpoint_dir: Path, plan: Plan, output: Path, stage: str, step: int) -> None:

@@ -506,6 +506,7 @@ def test_bad_input_is_one_line(
     task_dir: Path,
     other_text_file: Path,
     text_file: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle, text = exported("w8a8"), ("--text", other_text_file, "--windows", 1, "--window", 64)
@@ -516,6 +517,10 @@ def test_bad_input_is_one_line(
     pq.refuses("evaluate", bundle, "--tasks", "tiny_missing", *included, says=("tiny_missing", "cannot be loaded"))
     pq.refuses("evaluate", bundle, "--text", other_text_file, "--windows", 999, says=("999 windows of 510 need",))
     pq.refuses("evaluate", bundle, "--text", text_file, code=2, says=("is the calibration text itself",))
+    with text_file.open() as calibrated, (tmp_path / "mixed.txt").open("w") as mixed:  # its beginning is evaluated
+        mixed.write(calibrated.read() + other_text_file.read_text() * 200)
+    small = ("--windows", 1, "--window", 64)
+    pq.refuses("evaluate", bundle, "--text", tmp_path / "mixed.txt", *small, code=2, says=("occur in the calibration",))
     pq.refuses("evaluate", bundle, "--text", "nowhere.txt", says=("nowhere.txt", "cannot be read"))
     pq.refuses("evaluate", "nowhere", *text, says=("no such path",))
     pq.refuses("evaluate", bundle, *text, "--model", checkpoint_dir("llama"), says=("is not the checkpoint",))

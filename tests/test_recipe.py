@@ -130,6 +130,15 @@ MISTAKES: dict[str, tuple[str, int, tuple[str, ...]]] = {  # text, line, what is
     "unknown step like no other": ("steps:\n  - xyzzy\n", 2, ("unknown step 'xyzzy'", "There are: ", "clip_search")),
     "step that is a number": ("steps:\n  - 5\n", 2, ("unknown step '5'",)),
     "step that is empty": ("steps:\n  - clip_search\n  -\n", 3, ("unknown step 'None'",)),
+    "a step twice in one item": (
+        SEARCH + "  - {gptq: {damping: 0.5}, gptq: {damping: 0.1}}\n",
+        3,
+        ("a step stands twice in one item",),
+    ),
+    "a date that is none": ("seed: 2024-02-31\n", 1, ("is not YAML",)),
+    "a number that is none": ("prefix: none\ncalib_samples: !!int abc\n", 2, ("is not YAML",)),
+    "a site twice": ("steps:\n  - center: {sites: [self_attn.key, self_attn.key]}\n", 2, ("stands twice",)),
+    "a negative threshold": ("steps:\n  - keep_8bit: {threshold: -3}\n", 2, ("threshold must be positive",)),
     "two steps in one item": ("steps:\n  - {clip_search: {}, gptq: {}}\n", 2, ("unknown step",)),
     "unknown option": (
         SEARCH + "  - gptq:\n      dampning: 0.1\n",

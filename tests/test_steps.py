@@ -97,6 +97,9 @@ class Noting(Silent):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def warn(self, text: str) -> None:
+        self.notes.append(text)
+
 
 @pytest.mark.parametrize(("search_samples", "seen"), [(2, slice(2, 6)), (3, slice(3, 6)), (4, slice(0, 6))])
 def test_smoothing_is_judged_on_crops_that_the_peaks_are_not_of(
@@ -186,4 +189,28 @@ def test_interrupted_between_blocks_goes_on_to_the_same_result(
     resumed = calibrate(load_checkpoint(str(checkpoint_dir("llama"))), plan, tmp_path / "cut", stages)
     assert [s.name for s in stages.records if s.reused] == ["find outlier tokens", "collect ranges", "quantize blocks"]
     assert all(np.array_equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
+    assert whole.activation_scales == resumed.activation_scales
+
+
+ALL_OF_IT = {
+    "smooth": {"sites": ["self_attn.qkv_input", "mlp.gate_up_input", "mlp.down_input"]},
+    "split_channels": {},
+    "center": {},
+    "learn_rotations": QUICK["learn_rotations"],
+}
+
+
+@pytest.mark.parametrize("step", ALL_OF_IT)
+def test_interrupted_behind_a_folding_step_goes_on_to_the_same_result(
+    checkpoint_dir: Callable[[str], Path], small_plan: Callable[..., Plan], tmp_path: Path, step: str
+) -> None:
+    """What was folded is folded again from the file, in the same order: rounding is the same."""
+    rotate = "online" if step == "center" else "offline"
+    plan = small_plan("w4a4", prefix="w77 w8 w9", rotate=rotate, steps=((step, ALL_OF_IT[step]), SEARCH))
+    whole = calibrate(load_checkpoint(str(checkpoint_dir("llama"))), plan, tmp_path / "whole", Stages())
+    with pytest.raises(KeyboardInterrupt):
+        stages = Stages(StopAfter("quantize blocks", 1))
+        calibrate(load_checkpoint(str(checkpoint_dir("llama"))), plan, tmp_path / "cut", stages)
+    resumed = calibrate(load_checkpoint(str(checkpoint_dir("llama"))), plan, tmp_path / "cut", Stages())
+    assert [k for k in whole.tensors if not np.array_equal(whole.tensors[k], resumed.tensors[k])] == []
     assert whole.activation_scales == resumed.activation_scales

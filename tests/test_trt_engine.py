@@ -78,6 +78,9 @@ class Notes:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def warn(self, text: str) -> None:
+        self.notes.append(text)
+
 
 @pytest.fixture(scope="session")
 def polygraphy_site() -> Path:

@@ -324,6 +324,9 @@ def tuned(
         def note(self, text: str) -> None:
             self.texts.append(text)
 
+        def warn(self, text: str) -> None:
+            self.texts.append(text)
+
     def make(options: dict[str, object] | None) -> tuple[Run, list[str]]:
         steps = (("clip_search", {}), *([("tune_model", options)] if options is not None else []))
         plan, notes = small_plan("w4a4", prefix="w77 w8 w9", steps=steps, calib_samples=12), Notes()

@@ -26,6 +26,7 @@ from pq_export.calib.baselines.qfep import qfep_prefix
 from pq_export.calib.baselines.smoothquant import choose_alpha, smooth
 from pq_export.calib.checkpoint import Checkpoint
 from pq_export.calib.gptq import GptqOptions
+from pq_export.calib.memory import memory_errors
 from pq_export.calib.outliers import choose_prefix, compute_prefix_kv, observe_outliers, prefix_bos
 from pq_export.calib.pipeline import begin, quantize_decoder
 from pq_export.calib.ranges import Ranges, collect_ranges
@@ -314,12 +315,13 @@ def compare(
         own = Stages(_Titled(stages.progress, method.name))
         started = time.perf_counter()
         try:
-            candidate = method.run(arena, own)
+            with memory_errors(own):
+                candidate = method.run(arena, own)
         except PqExportError as error:
             where = f"method {method.name}" + (f", {error.where}" if error.where else "")
             raise type(error)(error.what, where=where, cure=error.cure) from None
         seconds = time.perf_counter() - started if method.static is not None else 0.0
-        with own.stage("evaluate", len(windows)) as advance:
+        with memory_errors(own), own.stage("evaluate", len(windows)) as advance:
             logits = reference if candidate.decoder is checkpoint.decoder and not candidate.prefix else candidate.logits
             found = compare_logits(reference, {method.name: logits}, windows, advance)[method.name]
         fp = fp or found.perplexity
@@ -379,3 +381,6 @@ class _Titled:
 
     def note(self, text: str) -> None:
         self._progress.note(text)
+
+    def warn(self, text: str) -> None:
+        self._progress.warn(f"{self._name}: {text}")

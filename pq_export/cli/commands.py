@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -43,11 +44,10 @@ def run_export(model: str, flags: dict[str, Any]) -> bool:
     calibration_directory = output.with_name(f"{output.name}.calib")
     if not (calibration_directory / JSON_NAME).is_file():
         check_output(calibration_directory, flags["force"])
-    with Screen(flags["as_json"], flags["verbose"]) as screen:
-        stages = Stages(screen)
+    with running_stages(flags) as stages:
         checkpoint = _load(model, plan, flags, stages)
         plan = fit_context(plan, checkpoint, flags, stages)
-        refuse_contamination(checkpoint.tokenizer, flags["text"], plan.calib_data, stages)
+        refuse_contamination(checkpoint.tokenizer, flags["text"], _evaluated(flags), plan.calib_data, stages)
         calibration = _calibrated(checkpoint, plan, calibration_directory, flags, stages)
         del checkpoint
         bundle = build_bundle(calibration, calibration_directory, target, output, flags, stages)
@@ -82,8 +82,7 @@ def run_calibrate(model: str, flags: dict[str, Any]) -> bool:
         return _dry_run(model, plan, output, flags)
     check_output(output, flags["force"], Path(model))
     check_device(flags["device"])
-    with Screen(flags["as_json"], flags["verbose"]) as screen:
-        stages = Stages(screen)
+    with running_stages(flags) as stages:
         from pq_export.calib.pipeline import calibrate
 
         checkpoint = _load(model, plan, flags, stages)
@@ -101,8 +100,7 @@ def run_build(calibration_directory: Path, flags: dict[str, Any]) -> bool:
     target.resolved(target_options(flags), None)
     calibration = load_calibration(calibration_directory)
     check_output(flags["output"], flags["force"], calibration_directory)
-    with Screen(flags["as_json"], flags["verbose"]) as screen:
-        stages = Stages(screen)
+    with running_stages(flags) as stages:
         bundle = build_bundle(calibration, calibration_directory, target, flags["output"], flags, stages)
         earlier = _read_stages(calibration_directory / "stages.json")
         report = _write_report(bundle, calibration, [*earlier, *stages.to_list()], None)
@@ -121,8 +119,7 @@ def run_validate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
     calibration_directory = flags["calib"] or here.with_name(f"{here.name}.calib")
     check_device(flags["device"])
     calibration = load_calibration(calibration_directory)
-    with Screen(flags["as_json"], flags["verbose"]) as screen:
-        stages = Stages(screen)
+    with running_stages(flags) as stages:
         fp = None
         if flags["model"]:
             layers = bundle.config["plan"]["num_layers"]
@@ -138,7 +135,8 @@ def run_validate(bundle_directory: Path, flags: dict[str, Any]) -> bool:
             fp = checkpoint.decoder
         from pq_export.runtime import load_tokenizer
 
-        refuse_contamination(load_tokenizer(bundle), flags["text"], calibration.plan["calib_data"], stages)
+        calib_data = calibration.plan["calib_data"]
+        refuse_contamination(load_tokenizer(bundle), flags["text"], _evaluated(flags), calib_data, stages)
         validation = _validated(bundle, calibration, fp, flags, stages)
         own = {record.name for record in stages.records}
         earlier = [s for s in _read_stages(bundle.directory / "report.json") if s["name"] not in own]
@@ -242,7 +240,7 @@ def fit_context(plan: Plan, checkpoint: Any, flags: dict[str, Any], stages: Stag
     if flags["long_crops_meant"] or plan.seq_len <= context - PREFIX_ROOM:
         return plan
     fitting = context - PREFIX_ROOM
-    stages.progress.note(f"crops of {fitting} tokens, not {plan.seq_len}: the model's context is {context}")
+    stages.progress.warn(f"crops of {fitting} tokens, not {plan.seq_len}: the model's context is {context}")
     return replace(plan, seq_len=fitting)
 
 
@@ -303,19 +301,38 @@ def _validated(
     return validate(bundle, calibration, fp, work, limits, stages)
 
 
-def refuse_contamination(tokenizer: Any, text: Path | None, calib_data: str, stages: Stages) -> None:
-    """Raise :class:`UsageError` if the evaluation ``text`` was calibrated on; note a smaller overlap."""
+@contextlib.contextmanager
+def running_stages(flags: dict[str, Any]) -> Iterator[Stages]:
+    """Stages on the screen, for a command; running out of memory is said with the stage."""
+    from pq_export.calib.memory import memory_errors
+
+    with Screen(flags["as_json"], flags["verbose"]) as screen:
+        stages = Stages(screen)
+        with memory_errors(stages):
+            yield stages
+
+
+def _evaluated(flags: dict[str, Any]) -> int:
+    """Tokens that are evaluated."""
+    return int(flags["windows"] * flags["window"])
+
+
+def refuse_contamination(tokenizer: Any, text: Path | None, count: int, calib_data: str, stages: Stages) -> None:
+    """Raise :class:`UsageError` if the first ``count`` tokens of the evaluation ``text`` were calibrated on.
+
+    A smaller overlap is a warning.
+    """
     from pq_export.calib.text import read_text, read_texts, tokenize
-    from pq_export.validate.contamination import assert_uncontaminated
+    from pq_export.validate.contamination import NGRAM, assert_uncontaminated
 
     if text is None:  # the built-in texts share nothing
         return
-    name, tokens = text.name, tokenize(tokenizer, read_text(str(text)))
+    name, tokens = text.name, tokenize(tokenizer, read_text(str(text)))[: max(count, NGRAM)]
 
     try:
         sources = read_texts(calib_data)
     except PqExportError as error:  # calibrated elsewhere: the text need not be here any more
-        stages.progress.note(f"{name} is not compared with the calibration text ({error.what})")
+        stages.progress.warn(f"{name} is not compared with the calibration text ({error.what})")
         return
     for source, content in sources.items():
         assert_uncontaminated(
@@ -323,7 +340,7 @@ def refuse_contamination(tokenizer: Any, text: Path | None, calib_data: str, sta
             tokens,
             calibration=source,
             evaluation=name,
-            note=stages.progress.note,
+            note=stages.progress.warn,
             decode=tokenizer.decode,
         )
 

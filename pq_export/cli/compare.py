@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pq_export import __version__
-from pq_export.cli.commands import _load, _plan, check_device, fit_context
-from pq_export.cli.console import Screen, output_console, print_json, seconds_text, table
+from pq_export.cli.commands import _load, _plan, check_device, fit_context, running_stages
+from pq_export.cli.console import output_console, print_json, seconds_text, table
 from pq_export.errors import PqExportError, UsageError
 from pq_export.files import check_output, new_directory
 from pq_export.plan import PREFIX_ROOM
@@ -21,7 +21,6 @@ def run_compare(model: str, flags: dict[str, Any]) -> bool:
     """``pq-export compare MODEL``."""
     from pq_export.calib.baselines.ablation import ablation
     from pq_export.calib.baselines.harness import compare, find_methods
-    from pq_export.calib.memory import memory_errors
 
     plan = _plan(flags)
     if flags["ablation"] and flags["methods"]:
@@ -33,14 +32,12 @@ def run_compare(model: str, flags: dict[str, Any]) -> bool:
     output = flags["output"] or Path("out") / f"{name}-{str(plan.precision).lower()}-compare"
     check_output(output, flags["force"], path)
     check_device(flags["device"])
-    with Screen(flags["as_json"], flags["verbose"]) as screen:
-        stages = Stages(screen)
+    with running_stages(flags) as stages:
         checkpoint = _load(model, plan, flags, stages)
         plan = fit_context(plan, checkpoint, flags, stages)
         window = min(flags["window"], checkpoint.decoder.config.max_position_embeddings - PREFIX_ROOM)
         text, windows = _windows(checkpoint, plan.calib_data, flags, window, stages)
-        with memory_errors(stages):
-            rows = compare(checkpoint, plan, methods, windows, flags["rounding"], stages)
+        rows = compare(checkpoint, plan, methods, windows, flags["rounding"], stages)
     document = {
         "title": checkpoint.source.name,
         "pq_export": __version__,

@@ -26,6 +26,8 @@ class Screen:
 
     def __init__(self, quiet: bool = False, verbose: bool = False):
         self._console = Console(stderr=True, quiet=quiet)
+        # With --json too, which is about standard output. One console where there is a progress display to go around.
+        self._warnings = Console(stderr=True) if quiet else self._console
         self._verbose = verbose
         self._task: Any = None
         self._progress = Progress(
@@ -70,6 +72,9 @@ class Screen:
     def note(self, text: str) -> None:
         if self._verbose:
             self._console.print(f"    {escape(text)}", highlight=False)
+
+    def warn(self, text: str) -> None:
+        self._warnings.print(f"warning: {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:

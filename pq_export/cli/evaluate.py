@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pq_export.bundle import CONFIG_NAME, open_bundle
 from pq_export.calibration import JSON_NAME, load_calibration
-from pq_export.cli.commands import check_device, refuse_contamination
-from pq_export.cli.console import Screen, output_console, print_json, table
+from pq_export.cli.commands import check_device, refuse_contamination, running_stages
+from pq_export.cli.console import output_console, print_json, table
 from pq_export.decoder import Decoder
 from pq_export.errors import IntegrityError, PqExportError, UsageError
 from pq_export.evaluate.subject import Subject, bundle_subject, calibration_subject, checkpoint_subject
@@ -46,8 +46,7 @@ def run_evaluate(what: str, flags: dict[str, Any]) -> bool:
         tasks = harness.Tasks(flags["include_path"])
         names = tasks.named(names)
     check_device(flags["device"])
-    with Screen(flags["as_json"], flags["verbose"]) as screen, contextlib.ExitStack() as stack:
-        stages = Stages(screen)
+    with running_stages(flags) as stages, contextlib.ExitStack() as stack:
         opened = _open(what, flags, stages, stack)
         document: dict[str, Any] = {"model": opened.subject.name, "kind": opened.kind}
         if flags["text"] is not None:
@@ -135,10 +134,11 @@ def _text(opened: Opened, flags: dict[str, Any], stages: Stages) -> dict[str, An
     from pq_export.calib.text import read_text, tokenize, windows
 
     path, subject = flags["text"], opened.subject
-    if opened.calib_data is not None:
-        refuse_contamination(subject.tokenizer, path, opened.calib_data, stages)
-    tokens = tokenize(subject.tokenizer, read_text(str(path)))
     window = min(flags["window"], subject.context)
+    if opened.calib_data is not None:
+        count = flags["windows"] * window
+        refuse_contamination(subject.tokenizer, path, count, opened.calib_data, stages)
+    tokens = tokenize(subject.tokenizer, read_text(str(path)))
     chosen = windows(tokens, window, flags["windows"])
     if len(chosen) < flags["windows"]:
         raise PqExportError(

@@ -22,7 +22,7 @@ def sample_windows(calibration: Calibration, calibration_directory: Path, stages
     try:
         text = "\n".join(read_texts(calibration.plan["calib_data"]).values())
     except PqExportError as error:  # calibrated elsewhere: the text need not be here any more
-        stages.progress.note(f"ranges are those of the built-in text ({error.what})")
+        stages.progress.warn(f"ranges are those of the built-in text ({error.what})")
         text = builtin_text()
     tokenizer = AutoTokenizer.from_pretrained(calibration_directory / ASSETS_NAME, local_files_only=True)
     tokens = tokenize(tokenizer, text)
