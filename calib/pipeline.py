@@ -18,7 +18,7 @@ from pq_export.calib.checkpoint import Checkpoint
 from pq_export.calib.memory import memory_errors
 from pq_export.calib.outliers import choose_prefix, observe_outliers, prefix_bos
 from pq_export.calib.ranges import collect_ranges
-from pq_export.calib.recipe import kinds_and_options
+from pq_export.calib.recipe import StepError, kinds_and_options
 from pq_export.calib.rewrites import rewrite
 from pq_export.calib.run import Run
 from pq_export.calib.steps import Phase, StepKind
@@ -34,7 +34,7 @@ from pq_export.calibration import (
     prefix_key,
     save_calibration,
 )
-from pq_export.errors import PqExportError, UsageError
+from pq_export.errors import PqExportError
 from pq_export.files import new_directory
 from pq_export.plan import Plan
 from pq_export.quantizer import pack_int4
@@ -78,7 +78,7 @@ def begin(checkpoint: Checkpoint, plan: Plan, work: WorkDirectory, stages: Stage
     steps = kinds_and_options(plan)
     for kind, options in steps:
         if trouble := kind.trouble(options, plan, checkpoint.decoder.config):
-            raise UsageError(f"step '{kind.name}' {trouble}")
+            raise StepError(f"step '{kind.name}' {trouble}", step=kind.name)
     # Drawn apart, so that ranges and Hessians see the same crops whatever a later step trains on.
     own = max(plan.calib_samples, plan.search_samples)
     more = max(kind.crops(options, plan) for kind, options in steps) - own

@@ -97,6 +97,28 @@ def _check_plan_value(key: str, value: Any, where: str) -> None:
         raise PqExportError(error.what, where=where, cure=error.cure) from None
 
 
+class StepError(UsageError):
+    """A step cannot do its work: with these other options, or on this model."""
+
+    def __init__(self, what: str, *, where: object = "", cure: str = "", step: str = ""):
+        super().__init__(what, where=where, cure=cure)
+        self.step = step
+
+    def in_recipe(self, name: str | None) -> StepError:
+        """The same with file and line, where the recipe ``name`` is a file that lists the step."""
+        path = Path(name or DEFAULT)
+        if not path.is_file():
+            return self
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        assert isinstance(node, yaml.MappingNode)  # it was read before
+        lists = [value for key, value in node.value if key.value == "steps"]
+        for item in lists[0].value if lists else ():
+            named = item.value[0][0] if isinstance(item, yaml.MappingNode) else item
+            if named.value == self.step:
+                return StepError(self.what, where=_where(path, item), cure=self.cure, step=self.step)
+        return self
+
+
 def kinds_and_options(plan: Plan) -> list[tuple[StepKind, Any]]:
     """The steps of a plan as kinds with their options objects."""
     return [(STEPS[name], STEPS[name].options(**options)) for name, options in plan.steps]

@@ -50,6 +50,17 @@ def test_divergence_is_said(
         json.loads(result.out)
 
 
+def test_a_step_that_cannot_do_its_work_is_named_with_its_line(
+    pq: Runner, model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 1\nsteps:\n  - keep_8bit: {linears: [layers.9.mlp.up_proj]}\n  - clip_search\n")
+    words = ("--w4a4", "--calib-data", text_file, *CROPS, "--recipe", path)
+    says = (f"{path}:3: step 'keep_8bit'", "layers.9.mlp.up_proj")
+    pq.refuses("calibrate", model, *words, "-o", tmp_path / "out", code=2, says=says)
+    assert not list(tmp_path.glob("out*"))
+
+
 def out_of_memory(*args: object, **options: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 

@@ -230,7 +230,7 @@ def _plan(flags: dict[str, Any]) -> Plan:
     kv = flags.pop("kv")
     options = {name: flags.pop(name) for name in PLAN_FLAGS}
     flags["long_crops_meant"] = options["seq_len"] is not None
-    recipe = load_recipe(flags.pop("recipe"))
+    recipe = load_recipe(flags["recipe"])
     return resolve_plan(chosen_precision(flags), None if kv is None else int(kv), recipe, **options)
 
 
@@ -305,11 +305,15 @@ def _validated(
 def running_stages(flags: dict[str, Any]) -> Iterator[Stages]:
     """Stages on the screen, for a command; running out of memory is said with the stage."""
     from pq_export.calib.memory import memory_errors
+    from pq_export.calib.recipe import StepError
 
     with Screen(flags["as_json"], flags["verbose"]) as screen:
         stages = Stages(screen)
-        with memory_errors(stages):
-            yield stages
+        try:
+            with memory_errors(stages):
+                yield stages
+        except StepError as error:
+            raise error.in_recipe(flags.get("recipe")) from None
 
 
 def _evaluated(flags: dict[str, Any]) -> int:
