@@ -6,8 +6,8 @@ elsewhere with ranges that were observed on sample text, an 8-bit cache as raw c
 ========================  =======================  ==============================================================
 precision                 linears                  note
 ========================  =======================  ==============================================================
-w8a8                      uint8 x int8
-w4a8                      uint8 x int4
+w8a8                      uint8 x int8             in uint16 containers where the output has 16 bits, which is
+w4a8                      uint8 x int4             everywhere unless ``--wide-outputs`` says otherwise
 w4a16                     uint16 x int4            with ``--kv 8`` the cache has a byte a value, else two
 w4a4                      uint16 x int4            activations are rounded to 4 bits and then widened: the chip
                                                    has no 4-bit activations, so they cost accuracy for nothing
