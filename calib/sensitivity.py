@@ -42,8 +42,8 @@ class Keep8BitOptions:
     def __post_init__(self) -> None:
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"budget must be between 0 and 1, not {self.budget}")
-        if not self.threshold > 0.0:
-            raise ValueError(f"threshold must be positive, not {self.threshold}")
+        if not self.threshold >= 0.0:
+            raise ValueError(f"threshold must not be negative, not {self.threshold}")
 
 
 def linears_of(site: str) -> list[str]:
