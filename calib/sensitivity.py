@@ -43,7 +43,7 @@ class Keep8BitOptions:
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"budget must be between 0 and 1, not {self.budget}")
         if not self.threshold >= 0.0:
-            raise ValueError(f"threshold must not be negative, not {self.threshold}")
+            raise ValueError(f"threshold must be at least 0, not {self.threshold}")
 
 
 def linears_of(site: str) -> list[str]:

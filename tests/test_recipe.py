@@ -138,7 +138,7 @@ MISTAKES: dict[str, tuple[str, int, tuple[str, ...]]] = {  # text, line, what is
     "a date that is none": ("seed: 2024-02-31\n", 1, ("is not YAML",)),
     "a number that is none": ("prefix: none\ncalib_samples: !!int abc\n", 2, ("is not YAML",)),
     "a site twice": ("steps:\n  - center: {sites: [self_attn.key, self_attn.key]}\n", 2, ("stands twice",)),
-    "a negative threshold": ("steps:\n  - keep_8bit: {threshold: -3}\n", 2, ("threshold must not be negative",)),
+    "a negative threshold": ("steps:\n  - keep_8bit: {threshold: -3}\n", 2, ("threshold must be at least 0",)),
     "two steps in one item": ("steps:\n  - {clip_search: {}, gptq: {}}\n", 2, ("unknown step",)),
     "unknown option": (
         SEARCH + "  - gptq:\n      dampning: 0.1\n",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -12,8 +11,10 @@ from typing import Any
 
 from pq_export.bundle import CONFIG_NAME, Bundle, open_bundle
 from pq_export.calibration import JSON_NAME, Calibration, load_calibration, read_calibration_json
-from pq_export.cli.console import Screen, bytes_text, output_console, print_json, seconds_text, table
+from pq_export.cli.console import bytes_text, output_console, print_json, seconds_text, table
+from pq_export.cli.evaluation_text import refuse_contamination
 from pq_export.cli.options import chosen_precision
+from pq_export.cli.running import running_stages
 from pq_export.cli.samples import sample_windows
 from pq_export.cli.tables import print_report, print_validation
 from pq_export.errors import IntegrityError, Interrupted, PqExportError, UsageError
@@ -301,52 +302,9 @@ def _validated(
     return validate(bundle, calibration, fp, work, limits, stages)
 
 
-@contextlib.contextmanager
-def running_stages(flags: dict[str, Any]) -> Iterator[Stages]:
-    """Stages on the screen, for a command; running out of memory is said with the stage."""
-    from pq_export.calib.memory import memory_errors
-    from pq_export.calib.recipe import StepError
-
-    with Screen(flags["as_json"], flags["verbose"]) as screen:
-        stages = Stages(screen)
-        try:
-            with memory_errors(stages):
-                yield stages
-        except StepError as error:
-            raise error.in_recipe(flags.get("recipe")) from None
-
-
 def _evaluated(flags: dict[str, Any]) -> int:
     """Tokens that are evaluated."""
     return int(flags["windows"] * flags["window"])
-
-
-def refuse_contamination(tokenizer: Any, text: Path | None, count: int, calib_data: str, stages: Stages) -> None:
-    """Raise :class:`UsageError` if the first ``count`` tokens of the evaluation ``text`` were calibrated on.
-
-    A smaller overlap is a warning.
-    """
-    from pq_export.calib.text import read_text, read_texts, tokenize
-    from pq_export.validate.contamination import NGRAM, assert_uncontaminated
-
-    if text is None:  # the built-in texts share nothing
-        return
-    name, tokens = text.name, tokenize(tokenizer, read_text(str(text)))[: max(count, NGRAM)]
-
-    try:
-        sources = read_texts(calib_data)
-    except PqExportError as error:  # calibrated elsewhere: the text need not be here any more
-        stages.progress.warn(f"{name} is not compared with the calibration text ({error.what})")
-        return
-    for source, content in sources.items():
-        assert_uncontaminated(
-            tokenize(tokenizer, content),
-            tokens,
-            calibration=source,
-            evaluation=name,
-            note=stages.progress.warn,
-            decode=tokenizer.decode,
-        )
 
 
 def _print_remaining(bundle: Bundle) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pq_export import __version__
-from pq_export.cli.commands import _load, _plan, check_device, fit_context, running_stages
+from pq_export.cli.commands import _load, _plan, check_device, fit_context
 from pq_export.cli.console import output_console, print_json, seconds_text, table
+from pq_export.cli.running import running_stages
 from pq_export.errors import PqExportError, UsageError
 from pq_export.files import check_output, new_directory
 from pq_export.plan import PREFIX_ROOM

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from pq_export.bundle import CONFIG_NAME, open_bundle
 from pq_export.calibration import JSON_NAME, load_calibration
-from pq_export.cli.commands import check_device, refuse_contamination, running_stages
+from pq_export.cli.commands import check_device
 from pq_export.cli.console import output_console, print_json, table
+from pq_export.cli.evaluation_text import refuse_contamination
+from pq_export.cli.running import running_stages
 from pq_export.decoder import Decoder
 from pq_export.errors import IntegrityError, PqExportError, UsageError
 from pq_export.evaluate.subject import Subject, bundle_subject, calibration_subject, checkpoint_subject
